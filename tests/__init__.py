@@ -1,0 +1,1 @@
+"""A package, so that test processes find helpers and workers by name."""
