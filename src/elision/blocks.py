@@ -1,109 +1,63 @@
-"""What a decoder block is made of, for every supported family: the only file that knows module names.
+"""What a decoder block is made of, for every supported family: references to the model's own modules.
 
 Both methods need the same facts of a model: which linear maps make Q, K, V, O, gate, up and down, which norms stand
-where, how heads share keys and values. `decoder(model)` answers with references to the model's own modules; nothing
-is copied, renamed or patched, and a wrapper (PEFT, torch.compile, DDP) is looked through, never removed.
+where, how heads share keys and values. `decoder(model)` answers for a model, `describe` for a config alone. Nothing
+is copied, renamed or patched; a wrapper (PEFT, torch.compile, DDP) is looked through, never removed. Module names come
+from the table in `families`; together the two are the only files that know any.
 
-A family is a row of `FAMILIES`, keyed by the config's model_type: names only, no code. Two projections with one
-attribute name are fused in that module, their rows one after the other in the order given (Phi-3's qkv_proj and
-gate_up_proj), so a `Projection` is always "these rows of that linear map". Where norms sit decides whether SPD's
-algebra holds; `NormPlacement` names the four ways in use. With r the residual multiplier, f attention or MLP:
-
-    pre       x + r f(norm(x))           Llama and its kin, OPT
-    sandwich  x + norm'(f(norm(x)))      Gemma 2 and 3
-    output    x + norm'(f(x))            OLMo 2
-    post      norm'(x + f(x))            OPT-350m, the original Transformer
-
-The trade-off: a table must be told of each new family, where inspection of module names would guess. A guess that is
-wrong trains silently wrong, so an unknown family is refused with one sentence; `UNCOVERED` says why for the known ones.
+Families that fuse projections (Phi-3's qkv_proj and gate_up_proj) are the reason why a `Projection` is "these rows of
+that linear map": its weight and bias are then slices, views that share memory with the module's parameter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from elision.errors import InputError
-
-Method = Literal["sparselora", "spd"]
-NormPlacement = Literal["pre", "sandwich", "output", "post"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table: the names under which a family keeps what a block is made of."""
-
-    name: str
-    qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
-    o: str = "o_proj"
-    gate_up: tuple[str | None, str] = ("gate_proj", "up_proj")  # gate None: a plain two-layer MLP
-    down: str = "down_proj"
-    mlp: str | None = "mlp"  # None: the decoder layer itself owns the MLP's projections
-    activation: str = "act_fn"
-    norms: NormPlacement = "pre"
-    attention_norms: tuple[str | None, str | None] = ("input_layernorm", None)  # before, after
-    mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
-    qk_norms: bool = False
-    rotary: bool = True
-    window: Literal["none", "all", "by layer type"] = "none"  # which blocks config.sliding_window applies to
-    spd: str | None = None  # why SPD's maths does not hold; None: it does
-
-
-_NEEDS_SUM = "needs the attention output summed over all ranks before the MLP"
-_SANDWICH = Family(
-    "",
-    norms="sandwich",
-    attention_norms=("input_layernorm", "post_attention_layernorm"),
-    mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    window="by layer type",
-    spd=f"its sandwich norms put a norm on the attention output, which {_NEEDS_SUM}",
+from elision.families import (
+    FAMILIES,
+    Family,
+    Method,
+    NormPlacement,
+    allowed_ranks,
+    attention_shape,
+    check_ranks,
+    family_of,
+    intermediate_size,
+    load_config,
+    norm_names,
+    refusal,
+    rotary_dim,
+    sliding_window,
 )
-_GEMMA3 = replace(_SANDWICH, name="Gemma 3", qk_norms=True)
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama"),
-    "mistral": Family("Mistral", window="all"),
-    "qwen2": Family("Qwen2", window="by layer type"),
-    "qwen3": Family("Qwen3", qk_norms=True, window="by layer type"),
-    "gemma": Family("Gemma"),
-    "gemma2": replace(_SANDWICH, name="Gemma 2"),
-    "gemma3_text": _GEMMA3,
-    "gemma3": _GEMMA3,  # the multimodal wrapper: its text model is viewed
-    "phi3": Family(
-        "Phi-3",
-        qkv=("qkv_proj", "qkv_proj", "qkv_proj"),
-        gate_up=("gate_up_proj", "gate_up_proj"),
-        activation="activation_fn",
-        window="all",
-    ),
-    "olmo2": Family(
-        "OLMo 2",
-        norms="output",
-        attention_norms=(None, "post_attention_layernorm"),
-        mlp_norms=(None, "post_feedforward_layernorm"),
-        qk_norms=True,
-        spd=f"its post-norm on the attention output {_NEEDS_SUM}",
-    ),
-    "granite": Family("Granite"),
-    "opt": Family(
-        "OPT",
-        o="out_proj",
-        gate_up=(None, "fc1"),
-        down="fc2",
-        mlp=None,
-        activation="activation_fn",
-        attention_norms=("self_attn_layer_norm", None),
-        mlp_norms=("final_layer_norm", None),
-        rotary=False,
-    ),
-}
+__all__ = [
+    "FAMILIES",
+    "Block",
+    "BlockFacts",
+    "Decoder",
+    "Description",
+    "Family",
+    "Method",
+    "NormPlacement",
+    "Projection",
+    "ProjectionFacts",
+    "allowed_ranks",
+    "check_ranks",
+    "decoder",
+    "describe",
+    "load_config",
+    "refusal",
+]
 
-UNCOVERED: dict[str, str] = {}
+
+_MATRIX = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # what a quantised weight is not stored in
 
 
 @dataclass(frozen=True)
@@ -141,11 +95,11 @@ class Projection:
             InputError: the base is quantised, so its parameter is not the matrix.
         """
         base = self.base
-        weight = base.weight
-        if not weight.is_floating_point() or weight.shape != (base.out_features, base.in_features):
+        weight = getattr(base, "weight", None)
+        if weight is None or weight.dtype not in _MATRIX or weight.shape != (base.out_features, base.in_features):
             raise InputError(
-                f"{self.attribute} is quantised ({type(base).__name__}, {weight.dtype}): "
-                "its weight cannot be read as a matrix; load the model without quantisation"
+                f"{self.attribute} is quantised ({type(base).__name__}), so its weight cannot be read as a matrix: "
+                "load the model without quantisation"
             )
         return weight if self.rows is None else weight[self.rows]
 
@@ -232,61 +186,6 @@ class Decoder:
         return hidden
 
 
-def refusal(config: PretrainedConfig, method: Method) -> str | None:
-    """One sentence saying why `method`'s maths does not cover this model, or None where it does."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        return _unsupported(config.model_type)
-    config = config.get_text_config()
-    reason = family.spd or _opt_refusal(config) if method == "spd" else None
-    return None if reason is None else f"SPD does not cover {family.name} ({config.model_type}): {reason}"
-
-
-def _opt_refusal(config: PretrainedConfig) -> str | None:
-    if not getattr(config, "do_layer_norm_before", True):
-        return f"do_layer_norm_before is false (as in OPT-350m), and a norm after the residual {_NEEDS_SUM}"
-    width = getattr(config, "word_embed_proj_dim", config.hidden_size)
-    if width != config.hidden_size:
-        return f"word_embed_proj_dim {width} is not hidden_size {config.hidden_size} (as in OPT-350m)"
-    return None
-
-
-def _unsupported(model_type: str) -> str:
-    reason = UNCOVERED.get(model_type, "its blocks are not known here")
-    return f"model_type '{model_type}' is not supported, {reason}: use one of {', '.join(sorted(FAMILIES))}"
-
-
-def attention_shape(config: PretrainedConfig) -> tuple[int, int, int]:
-    """(heads, kv_heads, head_dim) of every block."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
-
-
-def allowed_ranks(config: PretrainedConfig) -> tuple[int, ...]:
-    """Every number of tensor-parallel ranks that divides this model's attention (METHODS 2.1), ascending from 1.
-
-    The intermediate size sets no limit: where N does not divide it, shards differ by at most one unit.
-    """
-    heads, kv_heads, _ = attention_shape(config.get_text_config())
-    return tuple(n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0))
-
-
-def check_ranks(config: PretrainedConfig, ranks: int) -> None:
-    """Raise InputError with the reason where `ranks` tensor-parallel ranks cannot share this model's heads."""
-    allowed = allowed_ranks(config)
-    if ranks in allowed:
-        return
-    heads, kv_heads, _ = attention_shape(config.get_text_config())
-    if ranks < 1:
-        reason = "a positive number is needed"
-    elif heads % ranks:
-        reason = f"they do not divide the {heads} attention heads"
-    else:
-        reason = f"they neither divide the {kv_heads} key/value heads nor are a multiple of them"
-    raise InputError(f"ranks={ranks} cannot shard this model, {reason}: use one of {', '.join(map(str, allowed))}")
-
-
 def decoder(model: nn.Module) -> Decoder:
     """View `model` (a transformers causal LM or a PEFT model around one).
 
@@ -294,9 +193,7 @@ def decoder(model: nn.Module) -> Decoder:
         InputError: the model is not a transformers causal LM of a supported family.
     """
     inner = _unwrap(model)
-    family = FAMILIES.get(inner.config.model_type)
-    if family is None:
-        raise InputError(_unsupported(inner.config.model_type))
+    family = family_of(inner.config)
     lm_head = inner.get_output_embeddings()
     if lm_head is None:
         raise InputError(f"{type(inner).__name__} has no language-model head: load it with AutoModelForCausalLM")
@@ -309,7 +206,7 @@ def decoder(model: nn.Module) -> Decoder:
         family=family,
         blocks=tuple(_block(family, config, index, layer) for index, layer in enumerate(stack.layers)),
         embeddings=embeddings,
-        final_norm=getattr(stack, "norm", getattr(stack, "final_layer_norm", None)),
+        final_norm=getattr(stack, family.final_norm),
         project_out=getattr(stack, "project_out", None),
         lm_head=lm_head,
         logits_scaling=float(getattr(config, "logits_scaling", 1.0)),
@@ -353,18 +250,14 @@ def _rows(owner: nn.Module, names: tuple[str | None, ...], sizes: tuple[int, ...
 
 def _block(family: Family, config: PretrainedConfig, index: int, layer: Any) -> Block:
     heads, kv_heads, head_dim = attention_shape(config)
-    intermediate = getattr(config, "intermediate_size", None) or config.ffn_dim
+    inner = intermediate_size(config)
     attention: Any = layer.self_attn
     mlp: Any = layer if family.mlp is None else getattr(layer, family.mlp)
     q, k, v = _rows(attention, family.qkv, (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim))
-    gate, up = _rows(mlp, family.gate_up, (intermediate, intermediate))
+    gate, up = _rows(mlp, family.gate_up, (inner, inner))
     assert q is not None and k is not None and v is not None and up is not None
-    placement, norms = family.norms, (*family.attention_norms, *family.mlp_norms)
-    if not getattr(config, "do_layer_norm_before", True):  # OPT-350m keeps its norms' names but moves them
-        placement, norms = "post", (norms[1], norms[0], norms[3], norms[2])
-    attention_norm, attention_post_norm, mlp_norm, mlp_post_norm = (
-        None if name is None else getattr(layer, name) for name in norms
-    )
+    placement, *names = norm_names(family, config)
+    attention_norms, mlp_norms = ([None if n is None else getattr(layer, n) for n in pair] for pair in names)
     return Block(
         index=index,
         layer=layer,
@@ -378,32 +271,140 @@ def _block(family: Family, config: PretrainedConfig, index: int, layer: Any) -> 
         up=up,
         down=Projection(mlp, family.down, None),
         norms=placement,
-        attention_norm=attention_norm,
-        mlp_norm=mlp_norm,
-        attention_post_norm=attention_post_norm,
-        mlp_post_norm=mlp_post_norm,
+        attention_norm=attention_norms[0],
+        mlp_norm=mlp_norms[0],
+        attention_post_norm=attention_norms[1],
+        mlp_post_norm=mlp_norms[1],
         q_norm=attention.q_norm if family.qk_norms else None,
         k_norm=attention.k_norm if family.qk_norms else None,
-        activation=getattr(mlp, family.activation),
+        activation=getattr(mlp, family.activation[0]),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        rotary_dim=_rotary_dim(family, config, head_dim),
+        rotary_dim=rotary_dim(family, config),
         hidden_size=config.hidden_size,
-        intermediate_size=intermediate,
+        intermediate_size=inner,
         residual_multiplier=float(getattr(config, "residual_multiplier", 1.0)),
-        sliding_window=_window(family, config, index),
+        sliding_window=sliding_window(family, config, index),
     )
 
 
-def _rotary_dim(family: Family, config: PretrainedConfig, head_dim: int) -> int:
-    rope = getattr(config, "rope_parameters", None) or {}
-    return int(head_dim * rope.get("partial_rotary_factor", 1.0)) if family.rotary else 0
+@dataclass(frozen=True)
+class ProjectionFacts:
+    """Shape of one projection."""
+
+    module: str  # the attribute it sits at; projections of one block that share it are fused
+    out_features: int
+    in_features: int
+    bias: bool
+    parameters: int  # weight and bias
 
 
-def _window(family: Family, config: PretrainedConfig, index: int) -> int | None:
-    if family.window == "none" or (
-        family.window == "by layer type" and config.layer_types[index] != "sliding_attention"
-    ):
-        return None
-    return config.sliding_window
+@dataclass(frozen=True)
+class BlockFacts:
+    """What a run of like blocks is made of."""
+
+    blocks: tuple[int, ...]
+    sliding_window: int | None
+    parameters: int  # of one block, norms included
+    projections: dict[str, ProjectionFacts]
+
+    @property
+    def span(self) -> str:
+        """The block numbers for people: "0-4, 6-10, 12"."""
+        starts = [b for b in self.blocks if b - 1 not in self.blocks]
+        ends = [b for b in self.blocks if b + 1 not in self.blocks]
+        return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model is made of, adapters and quantisation aside; `dataclasses.asdict` makes it JSON."""
+
+    model_type: str
+    family: str
+    parameters: int  # shared weights counted once
+    layers: int
+    vocabulary: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    activation: str
+    norm: str  # "RMSNorm" or "LayerNorm"
+    norms: NormPlacement
+    qk_norms: bool
+    tied: bool
+    residual_multiplier: float
+    sparselora: str | None  # why the method does not cover this model; None: it does
+    spd: str | None
+    ranks: tuple[int, ...]  # numbers of tensor-parallel ranks that can share its heads
+    blocks: tuple[BlockFacts, ...]  # like blocks together, in the order of their first
+
+
+def describe(model: nn.Module | PretrainedConfig) -> Description:
+    """Say what a model is made of, from its config alone: shapes are read off an instance without memory.
+
+    Raises:
+        InputError: the family is unknown or uncovered, or no model can be built from the config.
+    """
+    config = model if isinstance(model, PretrainedConfig) else _unwrap(model).config
+    family_of(config)
+    try:
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(config.get_text_config(), attn_implementation="eager")
+    except Exception as error:  # a model class may raise anything on a value that it did not foresee
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"no {config.model_type} model can be built from this config ({reason}): correct it"
+        ) from error
+    view = decoder(shell)
+    if not view.blocks:
+        raise InputError(f"num_hidden_layers={view.config.num_hidden_layers} makes a model without blocks: correct it")
+    block = view.blocks[0]
+    alike: dict[tuple, list[int]] = {}
+    for each in view.blocks:
+        alike.setdefault(_facts(each), []).append(each.index)
+    return Description(
+        model_type=config.model_type,
+        family=view.family.name,
+        parameters=_count(shell),
+        layers=len(view.blocks),
+        vocabulary=view.config.vocab_size,
+        hidden_size=block.hidden_size,
+        intermediate_size=block.intermediate_size,
+        heads=block.heads,
+        kv_heads=block.kv_heads,
+        head_dim=block.head_dim,
+        rotary_dim=block.rotary_dim,
+        activation=getattr(view.config, view.family.activation[1]),
+        norm="RMSNorm" if "RMSNorm" in type(block.mlp_norm or block.mlp_post_norm).__name__ else "LayerNorm",
+        norms=block.norms,
+        qk_norms=view.family.qk_norms,
+        tied=view.tied,
+        residual_multiplier=block.residual_multiplier,
+        sparselora=refusal(config, "sparselora"),
+        spd=refusal(config, "spd"),
+        ranks=allowed_ranks(config),
+        blocks=tuple(
+            BlockFacts(tuple(indices), window, parameters, dict(projections))
+            for (window, parameters, projections), indices in alike.items()
+        ),
+    )
+
+
+def _facts(block: Block) -> tuple[int | None, int, tuple[tuple[str, ProjectionFacts], ...]]:
+    """What tells one block from another: window, parameters, projections."""
+    projections = []
+    for name, p in block.projections.items():
+        parameters = p.out_features * (p.in_features + (p.bias is not None))
+        projections.append(
+            (name, ProjectionFacts(p.attribute, p.out_features, p.in_features, p.bias is not None, parameters))
+        )
+    return block.sliding_window, _count(block.layer), tuple(projections)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
