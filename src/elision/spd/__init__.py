@@ -1,1 +1,21 @@
-"""..."""
+"""SPD: serve a tensor-parallel model with fewer synchronisations.
+
+`calibrate` measures what each dropped sync costs on the user's data and returns a `SyncPlan`; `simulate` makes one
+process compute what N ranks would under a plan, and returns a handle that undoes it.
+"""
+
+from elision.spd.plan import Calibration, ModelFacts, SyncPlan
+from elision.spd.sensitivity import Sensitivity, calibrate, curve, sensitivity
+from elision.spd.simulate import Simulation, simulate
+
+__all__ = [
+    "Calibration",
+    "ModelFacts",
+    "Sensitivity",
+    "Simulation",
+    "SyncPlan",
+    "calibrate",
+    "curve",
+    "sensitivity",
+    "simulate",
+]

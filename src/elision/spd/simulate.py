@@ -1,0 +1,163 @@
+"""What N tensor-parallel ranks would compute, in one process: the oracle of every runtime, the engine of calibration.
+
+The input of a block is the same on all ranks and attention heads do not mix, so attention runs once, for all heads,
+in the model's own module: its masks, rotation, head norms and key/value cache stay Hugging Face's, and `generate`
+works. Only the output projection is set aside, so that the heads' output A comes out unprojected; each rank's columns
+of it then go through block.py's algebra in turn, and the ranks' shares are added up in rank order.
+
+A plan is applied by giving each dropped block's decoder layer its own `forward`; all other blocks are not touched, so
+an empty plan changes nothing, bit for bit. Parameters are read where they are at every call: nothing is copied,
+state-dict keys stay, and training through a simulated block trains the model's own weights. Residual dropout
+(OPT, Phi-3), which serving does not have, is left out of dropped blocks in training mode too.
+
+The price of simplicity: N ranks take N times the norm and a loop of N small matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial, reduce
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from elision.blocks import Block, Decoder, check_ranks, decoder, refusal
+from elision.errors import InputError
+from elision.spd.block import LocalBlock, shard, span, spd_output, spd_share
+from elision.spd.plan import ModelFacts, SyncPlan
+
+
+def simulate(model: nn.Module, plan: SyncPlan) -> Simulation:
+    """Make `model` compute what `plan.ranks` ranks would, in place, until the returned handle is removed.
+
+        with simulate(model, plan):
+            model.generate(...)
+
+    Raises:
+        InputError: SPD's maths does not cover the model, the plan does not fit it, a dropped block is simulated
+            already, or its weights cannot be split here (quantised, offloaded, or with an unmerged adapter).
+    """
+    view = covered(model, plan.ranks)
+    plan.check(facts(view))
+    return Simulation([view.blocks[index] for index in plan.dropped], plan.ranks)
+
+
+class Simulation:
+    """Handle of a running simulation, also a context manager; removing it restores the model bit for bit."""
+
+    def __init__(self, blocks: list[Block], ranks: int) -> None:
+        """Give every one of `blocks` its SPD forward. Use `simulate`, which checks the plan first."""
+        for block in blocks:
+            check_plain(block)
+        for block in blocks:
+            block.layer.forward = partial(spd_layer, block, ranks)
+        self._layers = [block.layer for block in blocks]
+
+    def remove(self) -> None:
+        """Give the layers back their own forward. Safe to call twice."""
+        while self._layers:
+            del self._layers.pop().forward
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+
+def covered(model: nn.Module, ranks: int) -> Decoder:
+    """View `model`, after making sure that SPD's maths covers it and that `ranks` ranks can share it.
+
+    Raises:
+        InputError: one of the two is not so.
+    """
+    view = decoder(model)
+    if reason := refusal(view.model.config, "spd"):
+        raise InputError(reason)
+    check_ranks(view.config, ranks)
+    return view
+
+
+def facts(view: Decoder) -> ModelFacts:
+    """The geometry of a model that a plan records and is checked against."""
+    block = view.blocks[0]
+    return ModelFacts(
+        type=view.config.model_type,
+        layers=len(view.blocks),
+        heads=block.heads,
+        kv_heads=block.kv_heads,
+        head_dim=block.head_dim,
+        hidden=block.hidden_size,
+        intermediate=block.intermediate_size,
+    )
+
+
+def check_plain(block: Block) -> None:
+    """Raise InputError unless `block` can be split into ranks here: its own forward, plain weights, all present."""
+    if "forward" in vars(block.layer) or "forward" in vars(block.o.base):
+        raise InputError(
+            f"block {block.index}'s forward is replaced already, by another simulation or by accelerate's hooks: "
+            "remove that one first"
+        )
+    for name, projection in block.projections.items():
+        where = f"block {block.index}'s {name} projection"
+        if projection.module is not projection.base:
+            raise InputError(f"{where} carries an adapter: merge it first, with model.merge_and_unload()")
+        if projection.weight.is_meta:  # reading the weight refuses what is quantised
+            raise InputError(f"{where} is offloaded: load the model without a device_map")
+
+
+def local_block(block: Block, rank: int, ranks: int) -> LocalBlock:
+    """The part of `block` that `rank` of `ranks` holds: views of the model's own parameters, nothing copied."""
+    own = shard(rank, ranks, block.heads, block.kv_heads, block.intermediate_size)
+    channels = span(own.channels)
+    assert block.mlp_norm is not None  # a family without it is refused
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[channels]
+
+    return LocalBlock(
+        o=block.o.weight[:, span(own.heads, block.head_dim)],
+        up=block.up.weight[channels],
+        down=block.down.weight[:, channels],
+        norm=block.mlp_norm,
+        activation=block.activation,
+        gate=block.gate and rows(block.gate.weight),
+        up_bias=rows(block.up.bias),
+        gate_bias=block.gate and rows(block.gate.bias),
+        o_bias=block.o.bias,
+        down_bias=block.down.bias,
+        residual_multiplier=block.residual_multiplier,
+    )
+
+
+def spd_layer(block: Block, ranks: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The decoder layer's forward with its first sync dropped: (batch, sequence, hidden) to the same.
+
+    `kwargs` are what the model gives the layer (mask, positions, cache); they go to the attention module unread.
+    """
+    assert block.attention_norm is not None
+    with _unprojected(block):
+        heads = block.attention(hidden_states=block.attention_norm(hidden_states), **kwargs)[0]
+    local = [local_block(block, rank, ranks) for rank in range(ranks)]
+    own_heads = heads.tensor_split(ranks, dim=-1)
+    total = reduce(torch.add, (spd_share(hidden_states, *own) for own in zip(own_heads, local, strict=True)))
+    return spd_output(hidden_states, total, local[0])
+
+
+@contextmanager
+def _unprojected(block: Block) -> Iterator[None]:
+    """For the length of one call, the output projection hands its input through."""
+    projection = block.o.base
+    projection.forward = _identity
+    try:
+        yield
+    finally:
+        del projection.forward
+
+
+def _identity(input: Tensor) -> Tensor:
+    return input

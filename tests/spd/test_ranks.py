@@ -1,0 +1,44 @@
+"""Real processes with gloo run block.py and agree with the simulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from elision.spd import SyncPlan, simulate
+from tests.spd.ranks import Case, gloo_rank
+from tests.spd.tiny import tiny, token_ids
+
+HEADS = {"num_attention_heads": 4}
+GROUPED = {**HEADS, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 39}
+CASES: dict[int, list[Case]] = {
+    2: [("llama", GROUPED, (0, 2)), ("opt", HEADS, (0, 1, 2)), ("qwen3", GROUPED, ())],
+    4: [("llama", GROUPED, (0, 1, 2)), ("opt", HEADS, (2,)), ("granite", GROUPED, (1,))],  # key/value heads held twice
+}
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_gloo_ranks_agree_with_the_simulation(ranks, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    arguments = (ranks, CASES[ranks], str(tmp_path / "store"), str(tmp_path / "out.pt"))
+    processes = [context.Process(target=gloo_rank, args=(rank, *arguments)) for rank in range(ranks)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=120)
+        assert [process.exitcode for process in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
+    for (family, sizes, dropped), result in zip(CASES[ranks], torch.load(tmp_path / "out.pt"), strict=True):
+        model = tiny(family, **sizes)
+        with torch.no_grad():
+            dense = model(token_ids()).logits
+            with simulate(model, SyncPlan(ranks, dropped)):
+                simulated = model(token_ids()).logits
+        torch.testing.assert_close(result["logits"], simulated, rtol=0, atol=1e-12)
+        assert result["syncs"] == 2 * model.config.num_hidden_layers - len(dropped)
+        if dropped:
+            assert (simulated - dense).abs().max() > 1e-3
