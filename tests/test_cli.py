@@ -1,0 +1,156 @@
+"""The command line: exit codes, one-line errors, what people and machines are shown."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import elision
+from elision.cli import app
+from elision.errors import InputError
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 100,
+    "tie_word_embeddings": True,
+}
+
+
+def run(*words: str | Path) -> Result:
+    plain = {"COLUMNS": "100", "FORCE_COLOR": None, "GITHUB_ACTIONS": None}  # a terminal of our own, whoever runs this
+    return CliRunner().invoke(app, [str(word) for word in words], env=plain)
+
+
+def write(place: Path, config: object) -> Path:
+    place.mkdir(exist_ok=True)
+    (place / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return place
+
+
+def refused(result: Result) -> str:
+    """The one line with which the command refused its input."""
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout == f"elision {elision.__version__}\n"
+    assert run("--help").exit_code == 0
+    for command in ("demo", "inspect"):
+        shown = run(command, "--help")
+        assert shown.exit_code == 0 and command in run("--help").stdout
+
+
+def test_inspect_for_machines(tmp_path: Path) -> None:
+    shown = json.loads(run("inspect", write(tmp_path, LLAMA), "--json").stdout)
+    assert (shown["family"], shown["layers"], shown["kv_heads"], shown["tied"]) == ("Llama", 3, 4, True)
+    (block,) = shown["blocks"]
+    assert block["blocks"] == [0, 1, 2]
+    assert block["projections"]["k"] == {
+        "module": "k_proj",
+        "out_features": 32,
+        "in_features": 64,
+        "bias": False,
+        "parameters": 2048,
+    }
+    assert shown["parameters"] == 100 * 64 + 64 + 3 * block["parameters"]
+    assert shown["sparselora"] is None and shown["spd"] is None
+
+
+def test_inspect_for_people(tmp_path: Path) -> None:
+    text = run("inspect", write(tmp_path, LLAMA)).stdout
+    for words in ("Llama (llama)", "0-2", "gate_proj", "176 x 64", "8 heads of 8, 4 for keys and values", "1, 2, 4, 8"):
+        assert words in text
+    gemma = write(tmp_path, LLAMA | {"model_type": "gemma2", "head_dim": 16, "num_hidden_layers": 4})
+    text = " ".join(run("inspect", gemma).stdout.split())
+    assert "sandwich" in text and "SparseLoRA covered" in text and "SPD SPD does not cover" in text
+    assert "0, 2" in text and "1, 3" in text  # every other block has a window
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        pytest.param("{", ["config.json", "not JSON"], id="broken"),
+        pytest.param("[]", ["config.json", "model_type"], id="list"),
+        pytest.param({"hidden_size": 64}, ["config.json", "model_type"], id="no type"),
+        pytest.param({"model_type": "abacus"}, ["abacus", "not supported", "llama"], id="unknown"),
+        pytest.param({"model_type": "mixtral"}, ["mixtral", "expert"], id="experts"),
+        pytest.param(LLAMA | {"hidden_size": "wide"}, ["config.json", "hidden_size"], id="wrong type"),
+        pytest.param(LLAMA | {"num_hidden_layers": 0}, ["num_hidden_layers"], id="no layers"),
+    ],
+)
+def test_inspect_refuses_a_config_in_one_line(tmp_path: Path, config: object, words: list[str]) -> None:
+    line = refused(run("inspect", write(tmp_path, config)))
+    for word in words:
+        assert word in line
+
+
+def test_inspect_refuses_what_is_not_there(tmp_path: Path) -> None:
+    assert "nowhere" in refused(run("inspect", tmp_path / "nowhere"))
+    assert "config.json" in refused(run("inspect", tmp_path))
+    assert "no/such-model" in refused(run("inspect", "no/such-model"))
+    assert sorted(tmp_path.iterdir()) == []
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert run("inspect").exit_code == 2
+    assert run("inspect", "reference", "--jason").exit_code == 2
+    assert run("demolish").exit_code == 2
+    assert run("demo", "--threads", "0").exit_code == 2
+
+
+def test_the_installed_command_behaves_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from elision.cli import main; main()", "inspect", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "nowhere" in line
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """A stand-in for the demo: raises what stands under "raises", notes what it was called with."""
+    seen: dict = {"raises": None}
+
+    def run(**arguments: object) -> None:
+        seen["arguments"] = arguments
+        if seen["raises"] is not None:
+            raise seen["raises"]
+
+    module = types.ModuleType("elision.demo")
+    module.__dict__["run"] = run
+    monkeypatch.setitem(sys.modules, "elision.demo", module)
+    return seen
+
+
+def test_demo_passes_its_options_on(demo: dict, tmp_path: Path) -> None:
+    assert run("demo").exit_code == 0
+    assert demo["arguments"] == {"out": Path("runs/demo"), "seed": 0, "threads": None}
+    assert run("demo", "--out", tmp_path, "--seed", "3", "--threads", "2").exit_code == 0
+    assert demo["arguments"] == {"out": tmp_path, "seed": 3, "threads": 2}
+
+
+def test_failures_of_a_command(demo: dict) -> None:
+    demo["raises"] = InputError("seed 7 in plan.json is odd: use an even one")
+    assert refused(run("demo")) == "error: seed 7 in plan.json is odd: use an even one"
+    demo["raises"] = KeyboardInterrupt()
+    result = run("demo")
+    assert result.exit_code == 130 and "to resume" in result.stderr
+    demo["raises"] = ZeroDivisionError("a bug of ours")
+    result = run("demo")
+    assert result.exit_code == 1 and isinstance(result.exception, ZeroDivisionError)
