@@ -170,7 +170,7 @@ def next_tokens(batch: Batch) -> Tensor:
     if "attention_mask" in batch:
         real = batch["attention_mask"].bool()
         labels = labels.masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
-    return labels
+    return labels.long()
 
 
 def check_batches(batches: Iterable[Batch], vocabulary: int) -> list[Batch]:
