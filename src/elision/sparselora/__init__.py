@@ -1,1 +1,41 @@
-"""..."""
+"""SparseLoRA: LoRA fine-tuning that computes only the channels of the frozen base that a batch's context needs.
+
+After Khaki et al., "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sparsity", ICML 2025, PMLR
+267:29768-29783 (https://proceedings.mlr.press/v267/khaki25a.html). What is sparse is the frozen branch, on context
+tokens, while training; adapters and output tokens stay dense, and the result is an ordinary PEFT adapter.
+
+    plan = SparsityPlan.uniform(model, 0.75)
+    with sparsify(model, plan) as sparse:
+        Trainer(model, ..., callbacks=[sparse.schedule]).train()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elision.sparselora.apply import SparseHandle, sparsify
+    from elision.sparselora.factors import Factors
+    from elision.sparselora.plan import ModelFacts, SparsityPlan
+
+__all__ = ["Factors", "ModelFacts", "SparseHandle", "SparsityPlan", "sparsify"]
+
+_HOME = {
+    "Factors": "factors",
+    "ModelFacts": "plan",
+    "SparseHandle": "apply",
+    "SparsityPlan": "plan",
+    "sparsify": "apply",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is public where it is first used, so that a plan is read without torch."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

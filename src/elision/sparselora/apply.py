@@ -1,0 +1,324 @@
+"""sparsify(model, plan): SparseLoRA on a PEFT model in place, with a handle that undoes it.
+
+Three seams, all of them module boundaries of this one model; nothing global is patched:
+
+    the causal LM          a pre-hook reads labels, mask and position ids of the call and decides whether this forward
+                           is sparse, and which of its tokens
+    its stack of blocks    a pre-hook adds the decision to the keyword arguments that the stack hands to every block
+    a block's attention    a pre-hook takes it out again, before the model's code sees it, and opens the block with it
+
+and the frozen linear maps of pruned projections are exchanged for masked ones (reference.py). The decision travels as
+an argument because gradient checkpointing runs blocks again during backward with the arguments of their forward: each
+recomputation finds its own batch, also where a dense pass (DPO's reference, an evaluation) came in between. Attention
+comes first in every block, so what it opens holds for the MLP behind it.
+
+A forward is dense in eval mode, without labels, with a key/value cache (generate), with adapters disabled or merged,
+in the first steps of the schedule, and where no context token is left. It never depends on grad mode: reentrant
+checkpointing runs its forward under no_grad.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from elision import blocks
+from elision.errors import InputError
+from elision.sparselora import tokens
+from elision.sparselora.choices import BlockChoices, Kept, SparseBatch
+from elision.sparselora.factors import Factors, estimated
+from elision.sparselora.plan import ModelFacts, SparsityPlan
+from elision.sparselora.reference import MaskedLinear
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+_ARGUMENT = "elision_sparse_batch"
+logger = logging.getLogger(__name__)
+
+
+def sparsify(model: nn.Module, plan: SparsityPlan, factors: Factors | str | Path | None = None) -> SparseHandle:
+    """Make the LoRA fine-tuning of `model` sparse as `plan` says (METHODS section 1), until the handle is removed.
+
+    Args:
+        model: a PEFT model with LoRA adapters, or a transformers model with such adapters added.
+        plan: what each layer leaves out.
+        factors: of the SVD estimator, or the path of their file; None: computed here, if the plan needs them.
+
+    Raises:
+        InputError: an uncovered family, a plan or factors for another model, no adapter to train, an adapter or base
+            that the method does not cover, or a model that is sparse already. The model is unchanged then.
+    """
+    if not isinstance(plan, SparsityPlan):
+        raise InputError(f"plan is a {type(plan).__name__}, not a SparsityPlan: use SparsityPlan.load(path)")
+    view = blocks.decoder(model)
+    if reason := blocks.refusal(view.model.config, "sparselora"):
+        raise InputError(reason)
+    plan.check(ModelFacts.of(model))
+    _check_model(view, plan)
+    if isinstance(factors, str | Path):
+        factors = Factors.load(factors)
+    if any(estimated(plan, block.index, name) for block in view.blocks for name in block.projections):
+        factors = factors or Factors.compute(model, plan.rank, plan)
+        factors.check(view, plan)
+    return SparseHandle(view, plan, factors)
+
+
+class SparseHandle:
+    """What `sparsify` did to a model, and the way back: `remove()`, or the end of a `with` block.
+
+    Attributes:
+        schedule: callback for transformers' Trainer that keeps the first steps dense.
+        forwards: how many forwards were "sparse" and how many dense, by reason.
+        kept: channels kept in the latest sparse forward, by (layer, projection).
+    """
+
+    def __init__(self, view: blocks.Decoder, plan: SparsityPlan, factors: Factors | None) -> None:
+        self.plan = plan
+        self.forwards: Counter[str] = Counter()
+        self.schedule = _schedule(self)
+        self.draws = 0  # sparse forwards so far: the control "random" draws by it
+        self._view = view
+        self._done: float | None = None  # share of the steps done; None: nobody has told
+        self._held: Kept | None = None
+        self._batch: SparseBatch | None = None  # of the causal LM's forward that is running
+        self._latest: SparseBatch | None = None
+        self._signature = inspect.signature(type(view.model).forward)
+        self._exchanged: list[tuple[nn.Module, str, nn.Linear, MaskedLinear]] = []
+        self._hooks: list[Any] = []
+        try:
+            self._exchange(factors)
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def kept(self) -> Mapping[tuple[int, str], Tensor]:
+        return {} if self._latest is None else dict(self._latest.kept)
+
+    def step(self, done: float) -> None:
+        """Tell the schedule the share of optimizer steps done, in [0, 1]: for loops without a Trainer, once a step.
+
+        Raises:
+            InputError: `done` is not in [0, 1].
+        """
+        if not 0.0 <= done <= 1.0:
+            raise InputError(f"step({done!r}) is not in [0, 1]: give steps done / steps in all")
+        self._done = float(done)
+
+    def hold(self, kept: Mapping[tuple[int, str], Tensor] | None) -> None:
+        """Use these channels, as `kept` gave them, in every sparse forward from now on; None: choose again."""
+        self._held = None if kept is None else dict(kept)
+
+    def remove(self) -> None:
+        """Put the model back as it was, bit for bit; does nothing the second time."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        originals = {id(masked): base for _, _, base, masked in self._exchanged}
+        holders = [holder for holder, *_ in self._exchanged]
+        for module in [*self._view.model.modules(), *holders]:  # merging moves a base; its old holder keeps it too
+            for name, child in list(module.named_children()):
+                if id(child) in originals:
+                    setattr(module, name, originals[id(child)])
+        for _, _, base, masked in self._exchanged:
+            base.training = masked.training
+        self._exchanged.clear()
+        self._batch = self._latest = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def summary(self) -> str:
+        """One line: what is sparse, what is dense and why, and what happened so far."""
+        plan = self.plan
+        line = (
+            f"SparseLoRA, {plan.selection} selection: {plan.describe()}; dense: "
+            + ("output tokens, " if plan.dense_outputs else "")
+            + (f"the first {100 * plan.dense_steps:g}% of steps, " if plan.dense_steps else "")
+            + "adapters, eval and generate"
+        )
+        if not self._exchanged:
+            line += "; removed"
+        if self.forwards:
+            line += "; forwards so far: " + ", ".join(f"{count} {what}" for what, count in self.forwards.most_common())
+        return line
+
+    def _exchange(self, factors: Factors | None) -> None:
+        stack = self._view.model.get_decoder()
+        self._hooks += [
+            self._view.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._view.model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+            stack.register_forward_pre_hook(self._hand_over, with_kwargs=True),
+            stack.register_forward_hook(self._arrived),
+        ]
+        for block in self._view.blocks:
+            choices = BlockChoices(block, self.plan, factors)
+            maps: dict[tuple[nn.Module, str], dict[str, slice | None]] = {}
+            for name, projection in block.projections.items():
+                if self.plan.sparsity(block.index, name) > 0:
+                    maps.setdefault(projection.slot, {})[name] = projection.rows
+            for (holder, attribute), projections in maps.items():
+                base = getattr(holder, attribute)
+                masked = MaskedLinear(base, choices, projections)
+                self._exchanged.append((holder, attribute, base, masked))
+                setattr(holder, attribute, masked)
+            self._hooks.append(block.attention.register_forward_pre_hook(partial(_open, choices), with_kwargs=True))
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._batch = None
+        call = self._signature.bind_partial(model, *args, **kwargs).arguments
+        rows, reason = self._sparse_rows(model, {**call.pop("kwargs", {}), **call})
+        self.forwards[f"dense ({reason})" if rows is None else "sparse"] += 1
+        if rows is not None:
+            self._batch = self._latest = SparseBatch(rows, self.draws, dict(self._held or {}))
+            self.draws += 1
+
+    def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._batch = None
+
+    def _hand_over(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        return None if self._batch is None else (args, {**kwargs, _ARGUMENT: self._batch})
+
+    def _arrived(self, stack: nn.Module, args: tuple, output: Any) -> None:
+        if self._batch is not None and not self._batch.opened:
+            raise RuntimeError(f"{type(stack).__name__} hands no keyword arguments to its attention: cannot be sparse")
+
+    def _sparse_rows(self, model: nn.Module, call: dict[str, Any]) -> tuple[Tensor | None, str]:
+        """Mask of the sparse tokens (batch, sequence), or None and the reason why this forward is dense."""
+        if not model.training:
+            return None, "eval mode"
+        if call.get("labels") is None:
+            return None, "no labels in the call"
+        if call.get("past_key_values") is not None:
+            return None, "a key/value cache in the call"
+        if reason := _idle(model):
+            return None, reason
+        if self._done is None and self.plan.dense_steps > 0:
+            self._warn_unscheduled()
+            return None, "the schedule was never told a step"
+        if (self._done or 0.0) < self.plan.dense_steps:
+            return None, "first steps"
+        kinds = tokens.classify(call["labels"], call.get("attention_mask"), call.get("position_ids"))
+        rows = kinds.kept if self.plan.dense_outputs else kinds.kept | kinds.dense
+        if not bool(kinds.loss_bearing.any()):
+            return None, "no label to predict"
+        if not bool(rows.any()):
+            return None, "no context token before an output token"
+        return rows, ""
+
+    def _warn_unscheduled(self) -> None:
+        if not any(what.endswith("never told a step)") for what in self.forwards):
+            warnings.warn(
+                "SparseLoRA stays dense until its schedule knows how far training is: pass callbacks=[handle.schedule] "
+                "to the Trainer, or call handle.step(done) in your loop",
+                stacklevel=2,
+            )
+
+
+def _open(choices: BlockChoices, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Attention's pre-hook: the block is in the batch that came with the arguments, or dense."""
+    choices.batch = kwargs.get(_ARGUMENT)
+    if choices.batch is None:
+        return None
+    choices.batch.opened = True
+    return args, {name: value for name, value in kwargs.items() if name != _ARGUMENT}
+
+
+def _idle(model: nn.Module) -> str | None:
+    """Why the LoRA adapters of `model` add nothing to this forward; None: they do."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(layer.merged for layer in layers):
+        return "adapters merged"
+    if any(layer.disable_adapters for layer in layers):
+        return "adapters disabled"
+    if not any(_active(layer) for layer in layers):
+        return "no active adapter"
+    return None
+
+
+def _active(layer: LoraLayer) -> list[str]:
+    """Names of the adapters that `layer` adds to its base."""
+    return [name for name in layer.active_adapters if name in layer.lora_A or name in layer.lora_embedding_A]
+
+
+def _check_model(view: blocks.Decoder, plan: SparsityPlan) -> None:
+    """Raise InputError where the model is not one that the method can make sparse as it stands."""
+    modules = list(view.model.modules())
+    if any(isinstance(module, MaskedLinear) for module in modules):
+        raise InputError("model is sparse already: remove() its first handle before sparsify")
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    if not layers:
+        raise InputError("model has no LoRA adapter to train: add one with peft.get_peft_model before sparsify")
+    if reason := _idle(view.model):
+        raise InputError(f"model has {reason}, so there is nothing to train: enable or unmerge its LoRA adapter first")
+    if not any(p.requires_grad for layer in layers for n, p in layer.named_parameters() if "lora_" in n):
+        name = layers[0].active_adapters[0]
+        raise InputError(f"adapter '{name}' is not trainable: load it with is_trainable=True before sparsify")
+    for block in view.blocks:
+        if plan.rotary_pairs and plan.qk[block.index] > 0 and block.rotary_dim != block.head_dim:
+            raise InputError(
+                f"rotary_pairs is set, but {block.rotary_dim} of {block.head_dim} dimensions of a head rotate in "
+                f"{view.config.model_type}: make the plan with rotary_pairs=False"
+            )
+        for name, projection in block.projections.items():
+            if plan.sparsity(block.index, name) > 0:
+                _check_projection(f"{projection.attribute} of layer {block.index}", projection)
+
+
+def _check_projection(where: str, projection: blocks.Projection) -> None:
+    module: Any = projection.module
+    while isinstance(module, BaseTunerLayer):
+        if not isinstance(module, LoraLayer):
+            raise InputError(f"{where} has a {type(module).__name__} adapter: SparseLoRA covers LoRA, use LoraConfig")
+        if variants := [name for name in _active(module) if name in module.lora_variant]:
+            kind = type(module.lora_variant[variants[0]]).__name__
+            raise InputError(f"{where} has adapter '{variants[0]}' of kind {kind}: SparseLoRA covers plain LoRA")
+        module = module.base_layer
+    if type(module) is not nn.Linear or module.weight.is_meta:
+        kind = "offloaded" if isinstance(module, nn.Linear) and module.weight.is_meta else type(module).__name__
+        raise InputError(f"{where} is {kind}, not a plain nn.Linear: load the model unquantised and on one device")
+
+
+def _schedule(handle: SparseHandle) -> TrainerCallback:
+    """The callback that tells `handle` at the start of every optimizer step how far training is.
+
+    Trainer resumes a callback by building it anew from its class and exported state, without arguments: so the class
+    itself knows its handle.
+    """
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+    class SparsitySchedule(TrainerCallback, ExportableState):
+        @property
+        def draws(self) -> int:
+            return handle.draws
+
+        @draws.setter
+        def draws(self, value: int) -> None:
+            handle.draws = value
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            handle.step(min(1.0, state.global_step / max(1, state.max_steps)))
+            if state.is_world_process_zero:
+                logger.info(handle.summary())
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            handle.step(min(1.0, state.global_step / max(1, state.max_steps)))
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"draws": self.draws}}
+
+    return SparsitySchedule()

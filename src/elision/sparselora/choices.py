@@ -1,0 +1,109 @@
+"""Which channels a batch keeps, decided once per block and part.
+
+`SparseBatch` is what one forward knows: which of its rows are sparse, and the choices made so far. It belongs to that
+forward and to its backward, so a recomputation under gradient checkpointing, even after other batches have passed
+through the model, finds the rows and the very channels of the forward that it repeats.
+
+`BlockChoices` scores the channels of one block from the input of the part (METHODS 1.1 and 1.2) and lets every
+projection of the part read the same choice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from elision.blocks import Block
+from elision.sparselora import estimator, select
+from elision.sparselora.factors import SCORED, Factors, estimated
+from elision.sparselora.plan import PART_OF, PROJECTIONS, Part, SparsityPlan
+
+Kept = dict[tuple[int, str], Tensor]  # (layer, projection) to the channels kept, ascending
+
+
+@dataclass(eq=False)
+class SparseBatch:
+    """One forward of the model: `rows` (batch, sequence) is True at the tokens computed sparsely."""
+
+    rows: Tensor
+    number: int = 0  # of the forward; the control "random" draws by it
+    kept: Kept = field(default_factory=dict)
+    opened: bool = False  # whether a block has seen it
+
+    def rows_for(self, x: Tensor) -> Tensor:
+        """`rows` in the leading shape and on the device of an activation (..., channels)."""
+        return self.rows.reshape(x.shape[:-1]).to(x.device)
+
+
+class BlockChoices:
+    """Chooses for one block. `batch` is the forward that the block is in, None while it is dense."""
+
+    def __init__(self, block: Block, plan: SparsityPlan, factors: Factors | None) -> None:
+        self.block = block
+        self.plan = plan
+        self.batch: SparseBatch | None = None
+        self._products = {name: p for name in SCORED if (p := self._product(name, factors)) is not None}
+
+    def kept(self, name: str, x: Tensor) -> Tensor:
+        """Channels of projection `name` kept in this forward: of its outputs, or of the inputs of o and down.
+
+        `x` (batch, sequence, inputs) is the input of the projection; the first of its part to ask has its channels
+        chosen by it. q, k and v share one input, gate and up another, and o and down come later.
+        """
+        assert self.batch is not None
+        key = (self.block.index, name)
+        if key not in self.batch.kept:
+            part = PART_OF[name]
+            assert name not in ("o", "down"), "v chooses for o, up for down"
+            chosen = self._choose(part, x, self.batch)
+            self.batch.kept.update({(self.block.index, role): chosen[role] for role in PROJECTIONS[part]})
+        return self.batch.kept[key]
+
+    @torch.no_grad()
+    def _choose(self, part: Part, x: Tensor, batch: SparseBatch) -> dict[str, Tensor]:
+        """Kept channels of every projection of `part`."""
+        block, plan = self.block, self.plan
+        if part == "ffn" and plan.selection == "no-ffn":
+            return dict.fromkeys(PROJECTIONS[part], torch.empty(0, dtype=torch.long, device=x.device))
+        with torch.autocast(x.device.type, enabled=False):
+            scores = self._scores(part, x[batch.rows_for(x)], batch.number)
+        paired = part == "qk" and plan.rotary_pairs
+        count = select.keep_count(len(scores), getattr(plan, part)[block.index], even=paired)
+        kept = select.top_pairs(scores, count, block.head_dim) if paired else select.top(scores, count)
+        if part == "ffn":
+            return dict.fromkeys(PROJECTIONS[part], kept)
+        queries = select.expand(kept, block.heads // block.kv_heads, block.head_dim)
+        return {"q": queries, "k": kept} if part == "qk" else {"v": kept, "o": queries}
+
+    def _scores(self, part: Part, x: Tensor, number: int) -> Tensor:
+        """Scores of the channels of `part`, of the kv channels for qk and vo; `x` (T, inputs) are the sparse rows."""
+        block, products = self.block, self._products
+        if self.plan.selection == "random":
+            channels = block.intermediate_size if part == "ffn" else block.kv_heads * block.head_dim
+            seed = hashlib.sha256(f"{self.plan.seed} {number} {block.index} {part}".encode()).digest()[:7]
+            generator = torch.Generator().manual_seed(int.from_bytes(seed))
+            return torch.rand(channels, generator=generator).to(x.device)
+        if part == "ffn":
+            return estimator.ffn_scores(x, block.activation, products.get("gate"), products["up"])
+        if part == "vo":
+            return estimator.linear_scores(x, products["v"])
+        queries = estimator.linear_scores(x, products["q"])
+        keys = estimator.linear_scores(x, products["k"])
+        return select.combine_groups(queries, block.kv_heads, block.head_dim) * keys
+
+    def _product(self, name: str, factors: Factors | None) -> estimator.Product | None:
+        """What stands for the base product of `name` in its score; None where nothing is scored by it."""
+        projection = self.block.projections.get(name)
+        if projection is None or self.plan.sparsity(self.block.index, name) == 0:
+            return None
+        if self.plan.selection == "oracle":
+            return estimator.Exact(lambda: projection.weight, lambda: projection.bias)
+        if not estimated(self.plan, self.block.index, name):
+            return None
+        assert factors is not None
+        b, a = factors.pairs[f"layers.{self.block.index}.{name}"]
+        device = projection.weight.device
+        return estimator.LowRank(b.to(device), a.to(device), lambda: projection.bias)

@@ -1,0 +1,269 @@
+"""SparsityPlan: how much of each layer's frozen base a SparseLoRA step leaves out, and how it chooses.
+
+A plan is a value: made by calibration, by `SparsityPlan.uniform` or by hand, saved as readable JSON. It holds one
+sparsity per layer for each of the three parts of a block whose channels are pruned together (METHODS 1.1):
+
+    ffn   channels between gate/up and down
+    qk    channels of the queries and keys
+    vo    channels of the values, and with them the inputs of the output projection
+
+and the switches of the method. The geometry of the model that it was made for travels with it, fact by fact and not
+hashed, so that another model is refused by naming what differs. Weights are not among the facts: a plan outlives
+the fine-tuning that it serves (the SVD factors, which do depend on weights, are checked on their own).
+
+This module needs the standard library only; what looks at a model imports torch when it is called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+from elision import files
+from elision.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+VERSION = 1
+
+Part = Literal["ffn", "qk", "vo"]
+PARTS: tuple[Part, ...] = get_args(Part)
+PROJECTIONS: dict[Part, tuple[str, ...]] = {"ffn": ("gate", "up", "down"), "qk": ("q", "k"), "vo": ("v", "o")}
+PART_OF: dict[str, Part] = {name: part for part, names in PROJECTIONS.items() for name in names}
+
+Selection = Literal["svd", "oracle", "random", "no-ffn"]
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The geometry that a plan depends on. `type` is the config's model_type."""
+
+    type: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.type, str):
+            raise InputError(f"type {self.type!r} is not a string: give the config's model_type")
+        for fact in fields(self)[1:]:
+            value = getattr(self, fact.name)
+            if not _is_int(value) or value < 1:
+                raise InputError(f"{fact.name} {value!r} is not a whole number of at least 1: give one")
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """The facts of `model`, a transformers causal LM or a PEFT model around one.
+
+        Raises:
+            InputError: the model is of no supported family.
+        """
+        from elision import blocks
+
+        view = blocks.decoder(model)
+        block = view.blocks[0]
+        return cls(
+            type=view.config.model_type,
+            layers=len(view.blocks),
+            heads=block.heads,
+            kv_heads=block.kv_heads,
+            head_dim=block.head_dim,
+            hidden=block.hidden_size,
+            intermediate=block.intermediate_size,
+        )
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """Sparsities by layer and part, and the switches of METHODS section 1.
+
+    Attributes:
+        model: geometry of the model that the plan is for.
+        ffn, qk, vo: one sparsity in [0, 1) per layer, the share of channels left out on context tokens; 0 is dense.
+        selection: how channels are scored. "svd" is the method (1.2), "oracle" its exact criteria (1.1). Two controls
+            for claims of quality: "random" draws channels anew for every batch, "no-ffn" leaves out the whole base
+            FFN of context tokens in every layer whose ffn sparsity is above 0 (Q, K, V, O as with "svd").
+        rank: of the SVD factors.
+        dense_steps: share of the optimizer steps, from the first on, that run dense (1.3); in [0, 1].
+        rotary_pairs: keep or drop both halves of a rotary pair of Q and K together.
+        dense_outputs: output tokens take the dense path. False is the ablation in which all tokens are sparse.
+        seed: of the control "random".
+
+    Raises:
+        InputError: a value that is out of its range or of the wrong kind, or a list of another length than the model.
+    """
+
+    model: ModelFacts
+    ffn: tuple[float, ...]
+    qk: tuple[float, ...]
+    vo: tuple[float, ...]
+    selection: Selection = "svd"
+    rank: int = 8
+    dense_steps: float = 0.05
+    rotary_pairs: bool = False
+    dense_outputs: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, ModelFacts):
+            raise InputError(f"model {self.model!r} is not ModelFacts: use ModelFacts.of(model)")
+        for part in PARTS:
+            object.__setattr__(self, part, _sparsities(getattr(self, part), part, self.model.layers))
+        if self.selection not in SELECTIONS:
+            raise InputError(f"selection {self.selection!r} is not known: use one of {', '.join(SELECTIONS)}")
+        if not _is_int(self.rank) or self.rank < 1:
+            raise InputError(f"rank {self.rank!r} is not a whole number of at least 1: give one, 8 is usual")
+        if not _is_number(self.dense_steps) or not 0.0 <= self.dense_steps <= 1.0:
+            raise InputError(
+                f"dense_steps {self.dense_steps!r} is not in [0, 1]: give the share of steps, such as 0.05"
+            )
+        object.__setattr__(self, "dense_steps", float(self.dense_steps))
+        for switch in ("rotary_pairs", "dense_outputs"):
+            if not isinstance(getattr(self, switch), bool):
+                raise InputError(f"{switch} {getattr(self, switch)!r} is not a switch: give true or false")
+        if not _is_int(self.seed) or self.seed < 0:
+            raise InputError(f"seed {self.seed!r} is not a whole number of at least 0: give one")
+
+    @classmethod
+    def uniform(
+        cls,
+        model: nn.Module,
+        sparsity: float,
+        *,
+        parts: Iterable[Part] = PARTS,
+        layers: Iterable[int] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """The same `sparsity` in the given parts of the given layers of `model`; None: of every layer.
+
+        `settings` are the other fields of a plan (selection, rank, dense_steps, ...).
+
+        Raises:
+            InputError: an unknown part, a layer that the model lacks, or what the constructor refuses.
+        """
+        facts = ModelFacts.of(model)
+        chosen = set(range(facts.layers)) if layers is None else set(layers)
+        if outside := sorted(chosen - set(range(facts.layers))):
+            raise InputError(f"layer {outside[0]} does not exist: name layers from 0 to {facts.layers - 1}")
+        wanted = tuple(parts)
+        if unknown := sorted(set(wanted) - set(PARTS)):
+            raise InputError(f"part {unknown[0]!r} is not known: use {', '.join(PARTS)}")
+        if unknown := sorted(set(settings) - {field.name for field in fields(cls)} | set(settings) & {"model", *PARTS}):
+            raise InputError(f"setting {unknown[0]!r} is not known: use {', '.join(_SETTINGS)}")
+        by_part = {
+            part: tuple(sparsity if part in wanted and layer in chosen else 0.0 for layer in range(facts.layers))
+            for part in PARTS
+        }
+        return cls(model=facts, **by_part, **settings)
+
+    def sparsity(self, layer: int, projection: str) -> float:
+        """Sparsity of the part that `projection` (q, k, v, o, gate, up or down) of `layer` belongs to."""
+        return getattr(self, PART_OF[projection])[layer]
+
+    def check(self, model: ModelFacts) -> None:
+        """Raise InputError, naming what differs, where this plan is not for a model with these facts."""
+        for fact in fields(ModelFacts):
+            planned, found = getattr(self.model, fact.name), getattr(model, fact.name)
+            if planned != found:
+                raise InputError(
+                    f"plan was made for a model with {fact.name} {planned}, this model has {fact.name} {found}: "
+                    "make a plan for this model"
+                )
+
+    def describe(self) -> str:
+        """One line: "ffn 99% in 3-30; qk 75% in 14-19, 21-23; vo dense"."""
+        return "; ".join(f"{part} {_runs(getattr(self, part))}" for part in PARTS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        values = asdict(self)
+        return {"version": VERSION, **{name: list(v) if name in PARTS else v for name, v in values.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "plan") -> Self:
+        """The plan that `to_dict` wrote. `where` names the source in errors.
+
+        Raises:
+            InputError: another version, a field that is missing, unknown or of the wrong kind.
+        """
+        if not isinstance(data, Mapping):
+            raise InputError(f"{where} holds {type(data).__name__}, not an object: write it with SparsityPlan.save")
+        if data.get("version") != VERSION or not _is_int(data["version"]):
+            raise InputError(
+                f"{where} has version {data.get('version')!r}, this elision reads {VERSION}: make it anew or upgrade"
+            )
+        values = {name: value for name, value in data.items() if name != "version"}
+        if "model" in values:
+            values["model"] = _build(ModelFacts, values["model"], f"{where}, model")
+        return _build(cls, values, where)
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON, atomically: equal plans give equal bytes."""
+        return files.write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file, not JSON (truncated, say), or not a plan.
+        """
+        return cls.from_dict(files.read_json(path, "plan"), f"plan {path}")
+
+
+_REQUIRED = {ModelFacts: [fact.name for fact in fields(ModelFacts)], SparsityPlan: ["model", *PARTS]}
+_SETTINGS = [field.name for field in fields(SparsityPlan) if field.name not in _REQUIRED[SparsityPlan]]
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    """`kind(**values)`, with every way in which it can fail told as bad input at `where`."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where} is {values!r}, not an object: write it with SparsityPlan.save")
+    known = [field.name for field in fields(kind)]
+    if unknown := sorted(set(values) - set(known)):
+        raise InputError(f"{where} has an unknown field {unknown[0]!r}: use {', '.join(known)}")
+    if missing := [name for name in _REQUIRED[kind] if name not in values]:
+        raise InputError(f"{where} lacks {', '.join(missing)}: write it with SparsityPlan.save")
+    try:
+        return kind(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _sparsities(values: Any, part: str, layers: int) -> tuple[float, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise InputError(f"{part} {values!r} is not a list of sparsities: give one number in [0, 1) per layer")
+    if len(values) != layers:
+        raise InputError(f"{part} has {len(values)} sparsities for {layers} layers: give one number per layer")
+    for layer, value in enumerate(values):
+        if not _is_number(value) or not 0.0 <= value < 1.0:  # NaN fails the comparison too
+            raise InputError(f"{part} sparsity {value!r} of layer {layer} is not in [0, 1): give the share left out")
+    return tuple(float(value) for value in values)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and not math.isnan(value))
+
+
+def _runs(values: tuple[float, ...]) -> str:
+    """Equal sparsities with the runs of layers that have them: "90% in 3-5, 7; 50% in 8" or "dense"."""
+    described = []
+    for value in sorted(set(values) - {0.0}, reverse=True):
+        layers = [layer for layer, own in enumerate(values) if own == value]
+        starts = [layer for layer in layers if layer - 1 not in layers]
+        ends = [layer for layer in layers if layer + 1 not in layers]
+        runs = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+        described.append(f"{100 * value:g}% in {', '.join(runs)}")
+    return " + ".join(described) or "dense"

@@ -1,0 +1,81 @@
+"""SparseLoRA in plain masked-dense form: slow, obvious, and the oracle of every faster path.
+
+Every frozen product is computed in full; then, on the sparse rows (context tokens) only, what the method would not
+have computed is taken out again (METHODS 1.1):
+
+    q, k, v     an unselected output channel keeps nothing but its bias
+    gate, up    an unselected output channel is absent: zero, without bias
+    o, down     an unselected input channel is left out of the product; the bias stays
+
+Adapters are not touched: PEFT adds them to all channels of all rows, around these maps. So after gate and up an
+unselected FFN channel holds act(dg) * du of the adapters alone (0 without them); the adapter of down sees it, the base
+product of down does not. Autograd then gives the exact gradient of exactly this computation.
+
+`MaskedLinear` stands where a frozen nn.Linear stood and shares everything with it: parameters, buffers, hooks. State
+dict, PEFT's merging, `to` and optimizers see no difference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from elision.shapes import Bool, Float
+from elision.sparselora import select
+from elision.sparselora.choices import BlockChoices
+
+INPUT_SIDE = ("o", "down")  # pruned by columns; the others are pruned by rows
+ABSENT = ("gate", "up")  # an unselected output of these loses its bias too
+
+
+def prune_outputs(
+    y: Float[Tensor, "*rows outputs"],
+    sparse: Bool[Tensor, "*rows"],
+    keep: Bool[Tensor, " outputs"],
+    bias: Float[Tensor, " outputs"] | None,
+) -> Float[Tensor, "*rows outputs"]:
+    """`y`, an output of a base product with its bias, with unselected channels of sparse rows at `bias` (None: 0)."""
+    fill = torch.zeros((), dtype=y.dtype, device=y.device) if bias is None else bias.to(y.dtype)
+    return torch.where(sparse[..., None] & ~keep, fill, y)
+
+
+def prune_inputs(
+    x: Float[Tensor, "*rows inputs"], sparse: Bool[Tensor, "*rows"], keep: Bool[Tensor, " inputs"]
+) -> Float[Tensor, "*rows inputs"]:
+    """`x`, an input of a base product, with unselected channels of sparse rows at 0."""
+    return x.masked_fill(sparse[..., None] & ~keep, 0.0)
+
+
+class MaskedLinear(nn.Linear):
+    """The linear map `base`, masked on the sparse rows of the batch that its block is in; `base` itself otherwise.
+
+    `projections` names the projections of the block that this map computes (several where they are fused), each with
+    its rows (None: all).
+    """
+
+    def __init__(self, base: nn.Linear, choices: BlockChoices, projections: dict[str, slice | None]) -> None:
+        # Not nn.Linear.__init__, which would allocate. The dictionaries of parameters, buffers and hooks become the
+        # base's own: whatever is registered, moved or replaced here is so there. An instance's own `forward` (of
+        # accelerate's device hooks) would shadow ours.
+        self.__dict__.update({name: value for name, value in vars(base).items() if name != "forward"})
+        self.choices = choices
+        self.projections = projections
+
+    def forward(self, input: Tensor) -> Tensor:
+        batch = self.choices.batch
+        if batch is None:
+            return super().forward(input)
+        sparse, keep = batch.rows_for(input), self._keep(input)
+        if any(name in INPUT_SIDE for name in self.projections):
+            return super().forward(prune_inputs(input, sparse, keep))
+        absent = any(name in ABSENT for name in self.projections)
+        return prune_outputs(super().forward(input), sparse, keep, None if absent else self.bias)
+
+    def _keep(self, input: Tensor) -> Tensor:
+        """True at the kept channels, of the inputs for o and down, of the outputs otherwise."""
+        side = self.in_features if any(name in INPUT_SIDE for name in self.projections) else self.out_features
+        keep = torch.ones(side, dtype=torch.bool, device=input.device)
+        for name, rows in self.projections.items():
+            part = keep if rows is None else keep[rows]
+            part.copy_(select.mask(self.choices.kept(name, input), len(part)))
+        return keep

@@ -1,0 +1,111 @@
+"""Which tokens of a batch may be sparse: labels, attention mask and position ids to kinds of tokens.
+
+Labels are those of a causal LM: aligned with the inputs, shifted by one in the loss. Position t of a row is
+(METHODS 1.3)
+
+    loss-bearing  if labels[t + 1] carries a target and stands in t's segment: the loss reads the logits of t
+    dense         if it is loss-bearing or carries a target itself: an output token
+    context       if it is any other real token: the only kind that is ever computed sparsely
+    padding       otherwise
+
+so the last prompt token, which predicts the first output token, is dense. A segment is a whole row, or one sequence
+of a packed row. A context token after the last loss-bearing position of its segment is `elided`: attention is causal,
+so nothing that the loss reads depends on it, and it has no say in which channels are kept.
+
+Rows are taken as packed exactly where transformers does so: position ids are given and a mask is not, and a segment
+starts where a position does not follow its predecessor (resets to 0). With a mask, attention crosses such a
+boundary, and the row stays one segment.
+
+A target counts whatever the mask says of its place, because the loss counts it: a masked position with a target, or
+before one, is dense and not padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elision.errors import InputError
+from elision.shapes import Bool, Int
+
+IGNORED = -100  # the label that carries no target (torch's and transformers' ignore_index)
+
+
+@dataclass(frozen=True)
+class TokenKinds:
+    """Boolean (batch, sequence) masks. Context and dense are disjoint; what is in neither is padding."""
+
+    context: Tensor
+    dense: Tensor
+    loss_bearing: Tensor  # a part of dense
+    elided: Tensor  # a part of context
+
+    @property
+    def kept(self) -> Tensor:
+        """Context tokens that are left after elision: those that are sparse, and choose the channels."""
+        return self.context & ~self.elided
+
+    @property
+    def padding(self) -> Tensor:
+        """Neither context nor dense."""
+        return ~(self.context | self.dense)
+
+
+def classify(labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> TokenKinds:
+    """Kinds of the tokens of a batch.
+
+    Args:
+        labels: (batch, sequence) integers; IGNORED where there is no target.
+        attention_mask: (batch, sequence), zero at padding; None: no padding.
+        position_ids: (batch, sequence) or (1, sequence) integers; without a mask they tell packed sequences apart.
+
+    Raises:
+        InputError: a tensor of another shape.
+    """
+    _check_shapes(labels, attention_mask, position_ids)
+    segment = segments(labels, attention_mask, position_ids)
+    target = labels != IGNORED
+    loss_bearing = torch.zeros_like(target)
+    loss_bearing[:, :-1] = target[:, 1:] & (segment[:, 1:] == segment[:, :-1])
+    dense = loss_bearing | target
+    context = ~dense if attention_mask is None else (attention_mask != 0) & ~dense
+    return TokenKinds(context, dense, loss_bearing, elided=context & ~reaches(loss_bearing, segment))
+
+
+def segments(
+    labels: Int[Tensor, "batch sequence"], attention_mask: Tensor | None, position_ids: Tensor | None
+) -> Int[Tensor, "batch sequence"]:
+    """Number of the segment that each position stands in, counted from 0 in every row."""
+    if position_ids is None or attention_mask is not None:
+        return torch.zeros_like(labels)
+    starts = torch.zeros_like(position_ids)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return starts.cumsum(dim=1).expand_as(labels)
+
+
+def reaches(
+    loss_bearing: Bool[Tensor, "batch sequence"], segment: Int[Tensor, "batch sequence"]
+) -> Bool[Tensor, "batch sequence"]:
+    """True where a loss-bearing position follows, or stands, in the same segment of the row."""
+    position = torch.arange(segment.shape[1], device=segment.device).expand_as(segment)
+    last = torch.full_like(segment, -1).scatter_reduce(
+        1, segment, torch.where(loss_bearing, position, -1).to(segment.dtype), "amax"
+    )  # by segment number: there are at most as many segments as positions
+    return position <= last.gather(1, segment)
+
+
+def _check_shapes(labels: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+    if labels.ndim != 2:
+        raise InputError(f"labels have shape {tuple(labels.shape)}: give (batch, sequence), one label per token")
+    batch, sequence = labels.shape
+    if attention_mask is not None and attention_mask.shape != labels.shape:
+        raise InputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, labels {(batch, sequence)}: give a mask of the "
+            "labels' shape, or none and position_ids"
+        )
+    if position_ids is not None and position_ids.shape not in {(batch, sequence), (1, sequence)}:
+        raise InputError(
+            f"position_ids have shape {tuple(position_ids.shape)}, labels {(batch, sequence)}: give one per token"
+        )
