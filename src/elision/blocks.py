@@ -31,6 +31,7 @@ from elision.families import (
     family_of,
     intermediate_size,
     load_config,
+    model_path,
     norm_names,
     refusal,
     rotary_dim,
@@ -53,6 +54,7 @@ __all__ = [
     "decoder",
     "describe",
     "load_config",
+    "model_path",
     "refusal",
 ]
 
@@ -62,7 +64,10 @@ _MATRIX = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # what 
 
 @dataclass(frozen=True)
 class Projection:
-    """One linear map of a block: `owner.attribute`, or the rows `rows` of it where the family fuses projections."""
+    """One linear map of a block: `owner.attribute`, or the rows `rows` of it where the family fuses projections.
+
+    The model's own product, adapters included, is module(x), of which a fused projection is the features `rows`.
+    """
 
     owner: nn.Module
     attribute: str
@@ -235,7 +240,7 @@ def _unwrap(model: nn.Module) -> PreTrainedModel:
 
 def _bare(module: nn.Module) -> nn.Module:
     """`module` without PEFT's layers: LoRA keeps it in base_layer, modules_to_save in original_module."""
-    while inner := getattr(module, "base_layer", getattr(module, "original_module", None)):
+    while (inner := getattr(module, "base_layer", getattr(module, "original_module", None))) is not None:
         module = inner
     return module
 

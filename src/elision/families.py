@@ -242,6 +242,11 @@ def check_ranks(config: PretrainedConfig, ranks: int) -> None:
     raise InputError(f"ranks={ranks} cannot share this model, {reason}: use one of {', '.join(map(str, allowed))}")
 
 
+def model_path(source: str | Path) -> str:
+    """What from_pretrained takes for `source`: a directory or Hugging Face id as it is, "reference" as our own."""
+    return str(REFERENCE) if str(source) == "reference" else str(source)
+
+
 def load_config(source: str | Path) -> PretrainedConfig:
     """Read the config of a model: a directory, a Hugging Face id, or "reference" for the embedded model.
 
@@ -250,13 +255,12 @@ def load_config(source: str | Path) -> PretrainedConfig:
     Raises:
         InputError: nothing is there, config.json is broken, or transformers does not know the model_type.
     """
-    name, directory = str(source), REFERENCE if str(source) == "reference" else Path(source).expanduser()
+    name = model_path(source)
+    directory = Path(name).expanduser()
     if name and directory.is_dir():
         place = directory / "config.json"
-        adapter = directory / "adapter_config.json"
-        if not place.exists() and adapter.exists():
-            base = files.read_json(adapter, "adapter config").get("base_model_name_or_path")
-            raise InputError(f"{name} is a PEFT adapter, not a model: give its base model ({base})")
+        if not place.exists() and (adapter := directory / "adapter_config.json").exists():
+            raise InputError(f"{name} is a PEFT adapter, not a model: give the base model that {adapter} names")
         raw = files.read_json(place, "model config")
         where, name = str(place), str(directory)
     else:
@@ -274,10 +278,8 @@ def load_config(source: str | Path) -> PretrainedConfig:
 
 def _from_hub(name: str) -> dict:
     """The raw config of a Hugging Face id, from the local cache or the network."""
-    missing, remedy = (
-        f"model '{name}' is not a directory",
-        "give a model's directory, its Hugging Face id or 'reference'",
-    )
+    missing = f"model '{name}' is not a directory"
+    remedy = "give a model's directory, its Hugging Face id or 'reference'"
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_file():
         raise InputError(f"{missing}: {remedy}")
     try:
