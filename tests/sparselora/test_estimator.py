@@ -63,9 +63,12 @@ def test_truncation_is_the_best_of_its_rank() -> None:
     assert torch.allclose(b.norm(dim=0), s[:5].sqrt()) and torch.allclose(a.norm(dim=1), s[:5].sqrt())
 
 
-@pytest.mark.parametrize("shape", [(1030, 1040), (2000, 1024)])
+@pytest.mark.parametrize("shape", [(300, 310), (500, 200)])
 @pytest.mark.parametrize("decaying", [True, False])
-def test_large_matrices_are_iterated_to_the_same_result(shape: tuple[int, int], decaying: bool) -> None:
+def test_large_matrices_are_iterated_to_the_same_result(
+    shape: tuple[int, int], decaying: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimator, "_DIRECT", 100)
     weight = torch.randn(shape) / shape[1] ** 0.5
     if decaying:
         weight = weight * (1.0 + torch.arange(shape[1])) ** -0.5
@@ -76,9 +79,9 @@ def test_large_matrices_are_iterated_to_the_same_result(shape: tuple[int, int], 
     again = estimator.truncated_svd(weight, 8)
     assert torch.equal(b, again[0]) and torch.equal(a, again[1])
     best, found = values.square().sum(), (b @ a).square().sum()
-    assert found > best * (0.9999 if decaying else 0.97)  # a flat spectrum has no leading directions to find
+    assert found > best * (0.99999 if decaying else 0.99)  # a flat spectrum has no leading directions to find
     if decaying:
-        assert torch.allclose(a.square().sum(dim=1), values, rtol=1e-3)
+        assert torch.allclose(a.square().sum(dim=1), values, rtol=1e-4)
 
 
 def test_signs_are_fixed() -> None:

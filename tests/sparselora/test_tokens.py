@@ -47,7 +47,7 @@ def letters(kinds: tokens.TokenKinds) -> list[list[str]]:
         "l": kinds.loss_bearing,
         "d": kinds.dense & ~kinds.loss_bearing,
         "c": kinds.kept,
-        "e": kinds.elided,
+        "e": kinds.elided & kinds.context,
         "p": kinds.padding,
     }
     for letter, mask in named.items():
@@ -79,6 +79,13 @@ def test_left_and_right_padding_are_neither() -> None:
 def test_several_turns_leave_context_between_them() -> None:
     # user, answer, user, answer, and a last user turn that nothing reads
     assert kinds([[X, X, 5, 6, X, X, X, 7, X, X]]) == "clldccldee"
+
+
+def test_elision_begins_after_the_last_loss_bearing_token() -> None:
+    labels = torch.tensor([[X, X, 5, 6, X, X], [X, X, X, X, X, 4]])
+    assert tokens.classify(labels).elided.tolist() == [[False] * 3 + [True] * 3, [False] * 5 + [True]]
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]])
+    assert tokens.classify(labels, mask).elided.tolist() == [[False] * 3 + [True, True, False], [False] * 5 + [True]]
 
 
 def test_rows_without_a_target_are_elided_whole() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -111,9 +112,29 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+class InDouble(TorchFunctionMode):
+    """Norms, softmax, rotations and the loss too: transformers takes them to single precision in a double model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.float and args[0].dtype in (torch.float64, torch.int64):
+            return args[0].double()
+        if func is Tensor.to and args[0].dtype == torch.float64:
+            args = (args[0], *(torch.float64 if a is torch.float32 else a for a in args[1:]))
+        if func is nn.functional.softmax and args[0].dtype == torch.float64:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def loss_of(model: Any, **inputs: Any) -> Tensor:
+    """Loss of one forward, in double precision throughout where the model is."""
+    with InDouble():
+        return model(**inputs, use_cache=False).loss
+
+
 def loss_and_gradients(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward and backward."""
-    loss = model(**inputs, use_cache=False).loss
+    loss = loss_of(model, **inputs)
     loss.backward()
     return loss.detach(), gradients(model)
 

@@ -212,7 +212,7 @@ class SparseHandle:
         if (self._done or 0.0) < self.plan.dense_steps:
             return None, "first steps"
         kinds = tokens.classify(call["labels"], call.get("attention_mask"), call.get("position_ids"))
-        rows = kinds.kept if self.plan.dense_outputs else kinds.kept | kinds.dense
+        rows = kinds.kept if self.plan.dense_outputs else (kinds.context | kinds.dense) & ~kinds.elided
         if not bool(kinds.loss_bearing.any()):
             return None, "no label to predict"
         if not bool(rows.any()):

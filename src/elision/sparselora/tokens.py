@@ -9,8 +9,8 @@ Labels are those of a causal LM: aligned with the inputs, shifted by one in the 
     padding       otherwise
 
 so the last prompt token, which predicts the first output token, is dense. A segment is a whole row, or one sequence
-of a packed row. A context token after the last loss-bearing position of its segment is `elided`: attention is causal,
-so nothing that the loss reads depends on it, and it has no say in which channels are kept.
+of a packed row. A token after the last loss-bearing position of its segment is `elided`: attention is causal, so
+nothing that the loss reads depends on it, and it has no say in which channels are kept.
 
 Rows are taken as packed exactly where transformers does so: position ids are given and a mask is not, and a segment
 starts where a position does not follow its predecessor (resets to 0). With a mask, attention crosses such a
@@ -40,7 +40,7 @@ class TokenKinds:
     context: Tensor
     dense: Tensor
     loss_bearing: Tensor  # a part of dense
-    elided: Tensor  # a part of context
+    elided: Tensor  # context or dense, and read by nothing
 
     @property
     def kept(self) -> Tensor:
@@ -71,7 +71,8 @@ def classify(labels: Tensor, attention_mask: Tensor | None = None, position_ids:
     loss_bearing[:, :-1] = target[:, 1:] & (segment[:, 1:] == segment[:, :-1])
     dense = loss_bearing | target
     context = ~dense if attention_mask is None else (attention_mask != 0) & ~dense
-    return TokenKinds(context, dense, loss_bearing, elided=context & ~reaches(loss_bearing, segment))
+    elided = (context | dense) & ~reaches(loss_bearing, segment)
+    return TokenKinds(context, dense, loss_bearing, elided)
 
 
 def segments(
