@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from torch import nn
 
 from elision import InputError
 from elision.spd import SyncPlan, calibrate, curve, sensitivity, simulate, streams
-from elision.spd.simulate import spd_layer
 from tests.spd.tiny import VOCABULARY, bits, left_padded, tiny, token_ids
 
 DATA = [left_padded(), {"input_ids": token_ids(3, 7, seed=2)}]
@@ -78,27 +78,23 @@ def test_labels_say_what_is_scored_and_padding_side_does_not_matter():
     assert sides[0] == pytest.approx(sensitivity(model, [{"input_ids": ids}], 3, quiet=True).perplexities, rel=1e-11)
 
 
-def test_the_dense_prefix_is_computed_once(monkeypatch):
+def test_the_dense_prefix_is_computed_once():
     layers = 6
     model = tiny("llama", num_hidden_layers=layers)
-    dropped, dense = [], []
+    calls = {"dense": [], "noted": [], "dropped": []}
 
-    def counted(block, ranks, hidden, **kwargs):
-        dropped.append(block.index)
-        return spd_layer(block, ranks, hidden, **kwargs)
+    def count(module, args, output):
+        forward = vars(module).get("forward")
+        kind = "dense" if forward is None else "dropped" if isinstance(forward, partial) else "noted"
+        calls[kind].append(module.self_attn.layer_idx)
 
-    monkeypatch.setattr(streams, "spd_layer", counted)
-    handles = [
-        layer.register_forward_hook(lambda module, args, output: dense.append(module.self_attn.layer_idx))
-        for layer in model.model.layers
-    ]
+    handles = [layer.register_forward_hook(count) for layer in model.model.layers]
     sensitivity(model, DATA[1:], 3, quiet=True)
     for handle in handles:
         handle.remove()
-    assert sorted(dropped) == sorted(j for first in range(layers) for j in range(first, layers))
-    # each layer is called once to note its arguments, which costs nothing, and once to be run
-    assert sorted(dense) == sorted(2 * list(range(layers)))
-    assert (len(dropped) + layers) / layers <= layers / 2 + 1.5
+    assert calls["dropped"] == [j for j in range(layers) for _ in range(j + 1)]
+    assert calls["dense"] == calls["noted"] == list(range(layers))  # noting arguments costs nothing
+    assert (len(calls["dropped"]) + layers) / layers == layers / 2 + 1.5
 
 
 def test_calibrate_plans_the_longest_prefix_within_the_limit():

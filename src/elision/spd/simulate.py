@@ -5,18 +5,17 @@ in the model's own module: its masks, rotation, head norms and key/value cache s
 works. Only the output projection is set aside, so that the heads' output A comes out unprojected; each rank's columns
 of it then go through block.py's algebra in turn, and the ranks' shares are added up in rank order.
 
-A plan is applied by giving each dropped block's decoder layer its own `forward`; all other blocks are not touched, so
-an empty plan changes nothing, bit for bit. Parameters are read where they are at every call: nothing is copied,
-state-dict keys stay, and training through a simulated block trains the model's own weights. Residual dropout
-(OPT, Phi-3), which serving does not have, is left out of dropped blocks in training mode too.
+A plan is applied by giving each dropped block's decoder layer and output projection a `forward` of their own; all
+other blocks are not touched, so an empty plan changes nothing, bit for bit. Parameters are read where they are at
+every call: nothing is copied, state-dict keys stay, and training through a simulated block trains the model's own
+weights. Residual dropout (OPT, Phi-3), which serving does not have, is left out of dropped blocks in training mode.
 
 The price of simplicity: N ranks take N times the norm and a loop of N small matrix products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial, reduce
 from types import TracebackType
 from typing import Any, Self
@@ -42,24 +41,30 @@ def simulate(model: nn.Module, plan: SyncPlan) -> Simulation:
     """
     view = covered(model, plan.ranks)
     plan.check(facts(view))
-    return Simulation([view.blocks[index] for index in plan.dropped], plan.ranks)
+    blocks = [view.blocks[index] for index in plan.dropped]
+    for block in blocks:
+        check_plain(block)
+    return Simulation(blocks, plan.ranks)
 
 
 class Simulation:
     """Handle of a running simulation, also a context manager; removing it restores the model bit for bit."""
 
     def __init__(self, blocks: list[Block], ranks: int) -> None:
-        """Give every one of `blocks` its SPD forward. Use `simulate`, which checks the plan first."""
+        """Give every one of `blocks` its SPD forward; `check_plain` must have passed them. Users call `simulate`."""
+        self._replaced: list[nn.Module] = []
         for block in blocks:
-            check_plain(block)
-        for block in blocks:
-            block.layer.forward = partial(spd_layer, block, ranks)
-        self._layers = [block.layer for block in blocks]
+            self._replace(block.layer, partial(spd_layer, block, ranks))
+            self._replace(block.o.base, _identity)
+
+    def _replace(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        module.forward = forward
+        self._replaced.append(module)
 
     def remove(self) -> None:
-        """Give the layers back their own forward. Safe to call twice."""
-        while self._layers:
-            del self._layers.pop().forward
+        """Give the modules back their own forward. Safe to call twice."""
+        while self._replaced:
+            del self._replaced.pop().forward
 
     def __enter__(self) -> Self:
         return self
@@ -137,26 +142,15 @@ def local_block(block: Block, rank: int, ranks: int) -> LocalBlock:
 def spd_layer(block: Block, ranks: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """The decoder layer's forward with its first sync dropped: (batch, sequence, hidden) to the same.
 
-    `kwargs` are what the model gives the layer (mask, positions, cache); they go to the attention module unread.
+    The attention module's output projection must hand its input through. `kwargs` are what the model gives the layer
+    (mask, positions, cache); they go to the attention module unread.
     """
     assert block.attention_norm is not None
-    with _unprojected(block):
-        heads = block.attention(hidden_states=block.attention_norm(hidden_states), **kwargs)[0]
+    heads = block.attention(hidden_states=block.attention_norm(hidden_states), **kwargs)[0]
     local = [local_block(block, rank, ranks) for rank in range(ranks)]
     own_heads = heads.tensor_split(ranks, dim=-1)
     total = reduce(torch.add, (spd_share(hidden_states, *own) for own in zip(own_heads, local, strict=True)))
     return spd_output(hidden_states, total, local[0])
-
-
-@contextmanager
-def _unprojected(block: Block) -> Iterator[None]:
-    """For the length of one call, the output projection hands its input through."""
-    projection = block.o.base
-    projection.forward = _identity
-    try:
-        yield
-    finally:
-        del projection.forward
 
 
 def _identity(input: Tensor) -> Tensor:

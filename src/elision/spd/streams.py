@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from elision import files
 from elision.blocks import Block, Decoder
 from elision.errors import InputError
-from elision.spd.simulate import check_plain, spd_layer
+from elision.spd.simulate import Simulation, check_plain
 
 Batch = Mapping[str, Tensor]
 Choice = tuple[int, ...]  # dropped blocks, ascending
@@ -117,8 +117,11 @@ def _losses(
 
 
 def _step(block: Block, ranks: int | None, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """One stream through one block: with the sync (ranks None) by the model's own layer, or without."""
-    return block.layer(hidden, **kwargs) if ranks is None else spd_layer(block, ranks, hidden, **kwargs)
+    """One stream through one block: as the model has it (ranks None), or with its first sync dropped."""
+    if ranks is None:
+        return block.layer(hidden, **kwargs)
+    with Simulation([block], ranks):
+        return block.layer(hidden, **kwargs)
 
 
 def _parts(choices: Sequence[Choice], block: int) -> int:
