@@ -1,0 +1,189 @@
+"""Text and prompt/answer files, and generated word problems, turned into token batches with labels.
+
+A batch is a dict of tensors, (rows, tokens) each: `input_ids`, `attention_mask` (1 on real tokens) and `labels`, which
+repeat the input ids where the model is to be trained or scored and are -100 elsewhere. Labels are not shifted; the
+model shifts them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from elision.errors import InputError
+from elision.word_problems import FAMILIES, NEW_FAMILIES, Problem, majority_rate, problem, problems
+
+__all__ = [
+    "FAMILIES",
+    "IGNORED",
+    "NEW_FAMILIES",
+    "Example",
+    "Problem",
+    "collate",
+    "encode",
+    "load_examples",
+    "majority_rate",
+    "problem",
+    "problems",
+    "text_batches",
+    "without_overlap",
+]
+
+IGNORED = -100  # the label of a position that is neither trained nor scored
+
+# Field names of prompt/answer files in common use: prompt fields are joined by a line break, the first answer counts.
+_PROMPTS = (("prompt",), ("question",), ("instruction", "input"))
+_ANSWERS = ("completion", "response", "output", "solution", "answer")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and the text that should follow it."""
+
+    prompt: str
+    answer: str
+
+
+def load_examples(path: str | Path) -> list[Example]:
+    """Read prompt/answer pairs from a .json (list of objects) or .jsonl (an object a line) file.
+
+    Prompts stand under "prompt", "question" or "instruction" (with "input"), answers under "completion", "response",
+    "output", "solution" or "answer".
+
+    Raises:
+        InputError: no such file, not JSON, no rows, or a row without prompt or answer; names the line or row.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise InputError(f"data {path} is not a file: give a .json or .jsonl file of prompts and answers") from None
+    except UnicodeDecodeError:
+        raise InputError(f"data {path} is not UTF-8 text: give a .json or .jsonl file") from None
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"data {path} is not JSON ({error}): write .json as one list, .jsonl as a row a line"
+        ) from None
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"data {path} holds no rows: give a list of objects with a prompt and an answer")
+    return [_example(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _example(row: object, where: str) -> Example:
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is not an object: give one with a prompt and an answer")
+    names = next((names for names in _PROMPTS if names[0] in row), None)
+    answer = next((row[name] for name in _ANSWERS if name in row), None)
+    if names is None or answer is None:
+        missing = "prompt (prompt, question or instruction)" if names is None else f"answer ({', '.join(_ANSWERS)})"
+        raise InputError(f"{where} has no {missing}: its fields are {', '.join(map(str, row)) or 'none'}")
+    prompt = "\n".join(str(row[name]) for name in names if row.get(name))
+    if not prompt.strip() or not str(answer).strip():
+        raise InputError(f"{where} has an empty prompt or answer: fill it in or drop the row")
+    return Example(prompt, str(answer))
+
+
+def without_overlap(train: Sequence[Example], evaluation: Iterable[Example]) -> list[Example]:
+    """The rows of `train` whose prompt, in lower case and without punctuation, is none of `evaluation`'s."""
+    seen = {_normal(example.prompt) for example in evaluation}
+    return [example for example in train if _normal(example.prompt) not in seen]
+
+
+def _normal(text: str) -> str:
+    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example | Problem], max_length: int = 2048
+) -> list[dict[str, list[int]]]:
+    """Token ids of prompt, a space, answer and end; labels on answer and end alone.
+
+    A row longer than `max_length` tokens loses the end of its answer; one whose prompt alone is that long is left out.
+
+    Raises:
+        InputError: a tokenizer without an end token, or nothing left to train on.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError(f"tokenizer {tokenizer.name_or_path} has no end token: set tokenizer.eos_token")
+    rows = []
+    for example in examples:
+        answer = example.solution if isinstance(example, Problem) else example.answer
+        prompt = tokenizer.encode(example.prompt)
+        ids = [*prompt, *tokenizer.encode(f" {answer}", add_special_tokens=False), end][:max_length]
+        if len(prompt) < len(ids):
+            rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
+    if not rows:
+        raise InputError(f"no row has an answer within {max_length} tokens: give data, or a larger max_length")
+    return rows
+
+
+def collate(
+    rows: Sequence[dict[str, list[int]]], pad: int | None, side: str = "right", multiple: int = 1
+) -> dict[str, Tensor]:
+    """Pad rows of `encode` to one (rows, tokens) batch of int64 tensors.
+
+    Raises:
+        InputError: no rows, an unknown side, or every label of the batch -100.
+    """
+    if not rows:
+        raise InputError("no rows to batch: give at least one")
+    if side not in ("left", "right"):
+        raise InputError(f"side {side!r} is neither 'left' nor 'right': name one of them")
+    longest = max(len(row["input_ids"]) for row in rows)
+    length = -(-longest // multiple) * multiple
+    batch = {
+        "input_ids": torch.full((len(rows), length), pad or 0),
+        "attention_mask": torch.zeros((len(rows), length), dtype=torch.int64),
+        "labels": torch.full((len(rows), length), IGNORED),
+    }
+    for i, row in enumerate(rows):
+        size = len(row["input_ids"])
+        place = slice(0, size) if side == "right" else slice(length - size, length)
+        batch["input_ids"][i, place] = torch.tensor(row["input_ids"])
+        batch["attention_mask"][i, place] = 1
+        batch["labels"][i, place] = torch.tensor(row["labels"])
+    if not bool((batch["labels"] != IGNORED).any()):
+        raise InputError("every label of the batch is -100, so there is nothing to learn: keep the answers' labels")
+    return batch
+
+
+def text_batches(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int, rows: int = 8, limit: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Texts end to end, cut into rows of `length` tokens and batches of up to `rows`; at most `limit` rows.
+
+    Raises:
+        InputError: fewer than `length` tokens of text.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for text in texts:
+        ids += [*tokenizer.encode(text), *end]
+        if limit is not None and len(ids) >= limit * length:
+            break
+    count = min(len(ids) // length, limit or len(ids))
+    if count == 0:
+        raise InputError(f"the text has {len(ids)} tokens, fewer than one row of {length}: give more text")
+    blocks = torch.tensor(ids[: count * length]).view(count, length)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in blocks.split(rows)]
+
+
+def shared_folder() -> Path | None:
+    """The folder of real data sets that ELISION_DATA names, or the one beside a checkout; None where there is none."""
+    named = os.environ.get("ELISION_DATA")
+    folder = Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "data"
+    return folder if folder.is_dir() else None

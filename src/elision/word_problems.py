@@ -1,0 +1,402 @@
+"""Grade-school word problems from a seed: a page of facts, a question, a worked answer.
+
+Every problem states many facts about many people and asks about a few of them, so that the answer cannot be had
+without the context; the numbers are drawn anew each time, so that no answer is more than a few per cent likely.
+`FAMILIES` is what the embedded model is trained on, `NEW_FAMILIES` what it has never seen and is fine-tuned on.
+
+Two things are held out of the "train" split and make up the "test" split: the last phrasings of every sentence
+(`held_out` of `_phrase`), and every combination of deciding numbers that falls in one residue class out of five.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from elision.errors import InputError
+
+Split = Literal["train", "test"]
+
+NAMES: list[str] = str.split(
+    "Ada Alan Amos Anna Asa Beth Boris Carl Cora Dana Dora Edith Elmer Emma Enid Erik Eva Faye Felix Finn Flora Fred "
+    "Gina Greta Gus Hana Hugo Ida Igor Inga Ivan Jack Jade Jonas Judy Julia Karl Kate Lars Lena Leo Lily Lola Lucas "
+    "Mara Mark Maya Milo Mona Nadia Nils Nina Nora Olaf Olga Omar Oscar Otto Owen Paula Petra Piet Rosa Rufus Ruth "
+    "Sara Saul Selma Sonia Stan Tara Theo Tina Tom Ulla Uma Vera Viktor Wanda Wilma Yara Yuri Zara Zeno"
+)
+THINGS: list[str] = str.split(
+    "apples bags balls beads bells books bottles boxes bricks buttons cakes candles cards chairs coins cups drums eggs "
+    "figs flags forks hats jars keys kites lamps lemons maps marbles masks nails nuts pans pears pencils pens pins "
+    "plates plums pots ribbons rings ropes seeds shells shirts spoons stamps stones tents toys"
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One word problem. `prompt` + " " + `solution` is the training text; only the solution carries loss."""
+
+    family: str
+    facts: tuple[str, ...]
+    question: str
+    solution: str  # worked, ending in "#### answer"
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        """Facts, question and the cue for the answer."""
+        return " ".join(self.facts) + f"\nQuestion: {self.question}\nAnswer:"
+
+    def with_facts_of(self, other: Problem) -> Problem:
+        """The same question over another problem's facts: what remains answerable shows what was not read."""
+        return Problem(self.family, other.facts, self.question, self.solution, self.answer)
+
+
+class _Writer:
+    """Draws names, things, numbers and phrasings for one problem of one split."""
+
+    def __init__(self, rng: random.Random, split: Split) -> None:
+        self.rng = rng
+        self.split = split
+        self.people = rng.sample(NAMES, 10)
+        self.things = rng.sample(THINGS, 6)
+
+    def phrase(self, *phrasings: str, held_out: int = 1, **slots: object) -> str:
+        """One of the phrasings, filled in; the last `held_out` of them belong to the test split alone."""
+        pool = phrasings[:-held_out] if self.split == "train" else phrasings[-held_out:]
+        return self.rng.choice(pool).format(**slots)
+
+    def numbers(self, *ranges: tuple[int, int], where: Callable[..., bool] = lambda *_: True) -> tuple[int, ...]:
+        """One number per inclusive range, satisfying `where` and belonging to this split."""
+        while True:
+            drawn = tuple(self.rng.randint(low, high) for low, high in ranges)
+            held_out = sum((31, 17, 13)[i] * n for i, n in enumerate(drawn)) % 5 == 0
+            if where(*drawn) and held_out == (self.split == "test"):
+                return drawn
+
+    def possession(self, who: str, number: int, thing: str) -> str:
+        return self.phrase(
+            "{who} has {number} {thing}.",
+            "{who} owns {number} {thing}.",
+            "There are {number} {thing} in {who}'s bag.",
+            "{who} keeps {number} {thing} in a drawer.",
+            "On the table of {who} there are {number} {thing}.",
+            "In {who}'s drawer there are {number} {thing}.",
+            who=who,
+            number=number,
+            thing=thing,
+        )
+
+    def distractors(self, people: list[str], things: list[str], number: int) -> list[str]:
+        """Possessions of other people, or other possessions of the same ones."""
+        pairs = [(who, thing) for who in people for thing in things]
+        return [self.possession(who, self.rng.randint(2, 60), thing) for who, thing in self.rng.sample(pairs, number)]
+
+    def place(self, facts: list[str], among: list[str]) -> tuple[str, ...]:
+        """Facts in their own order at random places among the distractors, of which training drops some.
+
+        Short pages teach to look things up, long ones to do it among many; the test's pages are all long.
+        """
+        if self.split == "train":
+            among = among[: self.rng.randint(3, len(among))]
+        places = sorted(self.rng.sample(range(len(facts) + len(among)), len(facts)))
+        mixed = list(among)
+        for place, fact in zip(places, facts, strict=True):
+            mixed.insert(place, fact)
+        return tuple(mixed)
+
+
+def _lookup(w: _Writer) -> Problem:
+    (n,) = w.numbers((2, 60))
+    a, thing = w.people[0], w.things[0]
+    facts = [w.possession(a, n, thing)]
+    noise = w.distractors(w.people[:1], w.things[1:], 2) + w.distractors(w.people[1:], w.things, 9)
+    question = w.phrase(
+        "How many {t} does {a} have?",
+        "What is the number of {t} that {a} has?",
+        "Count the {t} of {a}.",
+        "What is the number of {t} of {a}?",
+        a=a,
+        t=thing,
+    )
+    w.rng.shuffle(noise)
+    return Problem("lookup", w.place(facts, noise), question, f"{a} has {n} {thing}. #### {n}", str(n))
+
+
+def _gain(w: _Writer) -> Problem:
+    n, k = w.numbers((2, 60), (2, 30))
+    a, thing = w.people[0], w.things[0]
+    event = w.phrase(
+        "Then {a} finds {k} more {t}.",
+        "Later {a} gets {k} more {t}.",
+        "{a} buys another {k} {t}.",
+        "Later {a} buys {k} more {t}.",
+        a=a,
+        k=k,
+        t=thing,
+    )
+    noise = w.distractors(w.people[:1], w.things[1:], 2) + w.distractors(w.people[1:], w.things, 8)
+    w.rng.shuffle(noise)
+    question = w.phrase(
+        "How many {t} does {a} have now?",
+        "After that, how many {t} does {a} have?",
+        "What is the number of {t} that {a} has in the end?",
+        "In the end, how many {t} does {a} have?",
+        a=a,
+        t=thing,
+    )
+    facts = w.place([w.possession(a, n, thing), event], noise)
+    return Problem("gain", facts, question, f"{a} had {n} {thing}. {n} + {k} = {n + k}. #### {n + k}", str(n + k))
+
+
+def _loss(w: _Writer) -> Problem:
+    n, k = w.numbers((4, 60), (2, 30), where=lambda n, k: n > k)
+    a, thing = w.people[0], w.things[0]
+    event = w.phrase(
+        "Then {a} loses {k} {t}.",
+        "Later {a} gives {k} {t} away.",
+        "{a} sells {k} {t}.",
+        "Later {a} loses {k} {t}.",
+        a=a,
+        k=k,
+        t=thing,
+    )
+    noise = w.distractors(w.people[:1], w.things[1:], 2) + w.distractors(w.people[1:], w.things, 8)
+    w.rng.shuffle(noise)
+    question = w.phrase(
+        "How many {t} does {a} have now?",
+        "After that, how many {t} does {a} have?",
+        "What is the number of {t} that {a} has in the end?",
+        "In the end, how many {t} does {a} have?",
+        a=a,
+        t=thing,
+    )
+    facts = w.place([w.possession(a, n, thing), event], noise)
+    return Problem("loss", facts, question, f"{a} had {n} {thing}. {n} - {k} = {n - k}. #### {n - k}", str(n - k))
+
+
+def _sum(w: _Writer) -> Problem:
+    n, m = w.numbers((2, 50), (2, 49))
+    a, b, thing = w.people[0], w.people[1], w.things[0]
+    noise = w.distractors(w.people[:2], w.things[1:], 3) + w.distractors(w.people[2:], w.things, 7)
+    facts = [w.possession(a, n, thing), w.possession(b, m, thing)]
+    w.rng.shuffle(noise)
+    w.rng.shuffle(facts)
+    question = w.phrase(
+        "How many {t} do {a} and {b} have together?",
+        "{a} and {b} put their {t} together. How many are there?",
+        "What is the total number of {t} of {a} and {b}?",
+        "How many {t} are there when {a} and {b} put theirs together?",
+        a=a,
+        b=b,
+        t=thing,
+    )
+    text = f"{a} has {n} {thing}. {b} has {m} {thing}. {n} + {m} = {n + m}. #### {n + m}"
+    return Problem("sum", w.place(facts, noise), question, text, str(n + m))
+
+
+def _difference(w: _Writer) -> Problem:
+    n, m = w.numbers((4, 60), (2, 59), where=lambda n, m: n > m)
+    a, b, thing = w.people[0], w.people[1], w.things[0]
+    noise = w.distractors(w.people[:2], w.things[1:], 3) + w.distractors(w.people[2:], w.things, 7)
+    facts = [w.possession(a, n, thing), w.possession(b, m, thing)]
+    w.rng.shuffle(noise)
+    w.rng.shuffle(facts)
+    question = w.phrase(
+        "How many more {t} does {a} have than {b}?",
+        "{a} has more {t} than {b}. How many more?",
+        "How many {t} is {b} short of {a}?",
+        "By how many {t} does {a} have more than {b}?",
+        a=a,
+        b=b,
+        t=thing,
+    )
+    text = f"{a} has {n} {thing}. {b} has {m} {thing}. {n} - {m} = {n - m}. #### {n - m}"
+    return Problem("difference", w.place(facts, noise), question, text, str(n - m))
+
+
+def _relation(w: _Writer) -> Problem:
+    n, k = w.numbers((6, 60), (2, 30), where=lambda n, k: n > k)
+    a, b, thing = w.people[0], w.people[1], w.things[0]
+    more = w.rng.random() < 0.5
+    total = n + k if more else n - k
+    relation = w.phrase(
+        "{b} has {k} {more} {t} than {a}.",
+        "Compared with {a}, {b} has {k} {more} {t}.",
+        "{b} owns {k} {more} {t} than {a}.",
+        "Compared with {a}, {b} owns {k} {more} {t}.",
+        a=a,
+        b=b,
+        k=k,
+        t=thing,
+        more="more" if more else "fewer",
+    )
+    noise = w.distractors(w.people[:2], w.things[1:], 3) + w.distractors(w.people[2:], w.things, 7)
+    w.rng.shuffle(noise)
+    facts = [w.possession(a, n, thing), relation]
+    w.rng.shuffle(facts)
+    question = w.phrase(
+        "How many {t} does {b} have?",
+        "What is the number of {t} that {b} has?",
+        "Count the {t} of {b}.",
+        "What is the number of {t} of {b}?",
+        b=b,
+        t=thing,
+    )
+    text = f"{a} has {n} {thing}. {n} {'+' if more else '-'} {k} = {total}. #### {total}"
+    return Problem("relation", w.place(facts, noise), question, text, str(total))
+
+
+def _price(w: _Writer) -> Problem:
+    p, c = w.numbers((2, 19), (2, 5))
+    a, thing = w.people[0], w.things[0]
+    prices = [(thing, p)] + [(other, w.rng.randint(2, 19)) for other in w.things[1:]]
+    noise = [
+        w.phrase(
+            "One of the {t} costs {p} dollars.",
+            "The price of {t} is {p} dollars each.",
+            "The {t} sell at {p} dollars each.",
+            "The {t} cost {p} dollars each.",
+            t=t,
+            p=n,
+        )
+        for t, n in prices
+    ] + w.distractors(w.people[1:], w.things, 5)
+    cost, noise = noise[0], noise[1:]
+    w.rng.shuffle(noise)
+    order = w.phrase(
+        "{a} buys {c} {t}.",
+        "{a} wants {c} {t}.",
+        "{a} takes {c} {t} home.",
+        "{a} takes {c} {t}.",
+        a=a,
+        c=c,
+        t=thing,
+    )
+    question = w.phrase(
+        "How many dollars does {a} pay?",
+        "What does {a} have to pay?",
+        "What is the bill of {a} in dollars?",
+        "How many dollars does {a} have to pay?",
+        a=a,
+    )
+    text = f"{a} takes {c} {thing}. They cost {p} dollars each. {p} * {c} = {p * c}. #### {p * c}"
+    facts = [order, cost]
+    w.rng.shuffle(facts)
+    return Problem("price", w.place(facts, noise), question, text, str(p * c))
+
+
+def _ages(w: _Writer) -> Problem:
+    n, k, m = w.numbers((22, 60), (2, 15), (2, 15))
+    a, b = w.people[:2]
+    older = w.rng.random() < 0.5
+    now = n + k if older else n - k
+    relation = w.phrase(
+        "{b} is {k} years {older} than {a}.",
+        "Compared with {a}, {b} is {k} years {older}.",
+        "{k} years {older} than {a} is what {b} is.",
+        "Compared with {a}, {b} is {older} by {k} years.",
+        a=a,
+        b=b,
+        k=k,
+        older="older" if older else "younger",
+    )
+    ages = [(a, n)] + [(who, w.rng.randint(10, 75)) for who in w.people[2:]]
+    said = [
+        w.phrase(
+            "{who} is {n} years old.",
+            "The age of {who} is {n}.",
+            "{who} turned {n} this year.",
+            "{who} has turned {n} this year.",
+            who=who,
+            n=number,
+        )
+        for who, number in ages
+    ]
+    noise = said[1:] + w.distractors(w.people, w.things, 3)
+    w.rng.shuffle(noise)
+    facts = [said[0], relation]
+    w.rng.shuffle(facts)
+    question = w.phrase(
+        "How old will {b} be in {m} years?",
+        "What will the age of {b} be {m} years from now?",
+        "In {m} years, how old is {b}?",
+        "{m} years from now, how old will {b} be?",
+        b=b,
+        m=m,
+    )
+    text = f"{a} is {n}. {b} is {n} {'+' if older else '-'} {k} = {now}. {now} + {m} = {now + m}. #### {now + m}"
+    return Problem("ages", w.place(facts, noise), question, text, str(now + m))
+
+
+def _trips(w: _Writer) -> Problem:
+    n, m = w.numbers((5, 45), (5, 44))
+    a, b, c = w.people[:3]
+    stops = w.people[:8]
+    legs = [(a, b, n), (b, c, m)]
+    others = [(x, y) for x in stops for y in stops if x != y and (x, y) not in ((a, b), (b, c), (a, c))]
+    legs += [(x, y, w.rng.randint(5, 45)) for x, y in w.rng.sample(others, 9)]
+    said = [
+        w.phrase(
+            "The walk from {x}'s house to {y}'s house takes {n} minutes.",
+            "From {x} to {y} it is {n} minutes.",
+            "You need {n} minutes from {x} to {y}.",
+            "It takes {n} minutes from {x} to {y}.",
+            x=x,
+            y=y,
+            n=number,
+        )
+        for x, y, number in legs
+    ]
+    facts, noise = said[:2], said[2:]
+    w.rng.shuffle(facts)
+    question = w.phrase(
+        "How many minutes is it from {a} to {c} by way of {b}?",
+        "Going from {a} to {b} and on to {c}, how many minutes does one walk?",
+        "How long is the way from {a} over {b} to {c}?",
+        "How many minutes does one walk from {a} over {b} to {c}?",
+        a=a,
+        b=b,
+        c=c,
+    )
+    text = f"{a} to {b} is {n}. {b} to {c} is {m}. {n} + {m} = {n + m}. #### {n + m}"
+    return Problem("trips", w.place(facts, noise), question, text, str(n + m))
+
+
+FAMILIES: dict[str, Callable[[_Writer], Problem]] = {
+    "lookup": _lookup,
+    "gain": _gain,
+    "loss": _loss,
+    "sum": _sum,
+    "difference": _difference,
+    "relation": _relation,
+    "price": _price,
+}
+NEW_FAMILIES: dict[str, Callable[[_Writer], Problem]] = {"ages": _ages, "trips": _trips}
+
+
+def problem(families: tuple[str, ...], split: Split, index: int, seed: int = 0) -> Problem:
+    """Problem number `index` of a seed and split, its family drawn evenly from `families`.
+
+    Raises:
+        InputError: an unknown family or split.
+    """
+    known = FAMILIES | NEW_FAMILIES
+    for family in families:
+        if family not in known:
+            raise InputError(f"family {family!r} is not a problem family: take one of {', '.join(known)}")
+    if split not in ("train", "test"):
+        raise InputError(f"split {split!r} is neither 'train' nor 'test': name one of them")
+    rng = random.Random(f"{seed}/{split}/{index}")
+    return known[rng.choice(families)](_Writer(rng, split))
+
+
+def problems(families: tuple[str, ...], split: Split, number: int, seed: int = 0) -> list[Problem]:
+    """Problems 0 to `number` - 1 of a seed and split."""
+    return [problem(families, split, index, seed) for index in range(number)]
+
+
+def majority_rate(sample: list[Problem]) -> float:
+    """The accuracy of always giving the sample's commonest answer."""
+    answers = [problem.answer for problem in sample]
+    return max(answers.count(answer) for answer in set(answers)) / len(answers)
