@@ -66,9 +66,8 @@ def peft_model(model: nn.Module, config: LoraConfig) -> Any:
 
 def lora(family: str = "llama", targets: str = ALL, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
     """`base` with LoRA of rank 3 on `targets`, both factors random, in train mode."""
-    model = peft_model(base(family, dtype, **overrides), LoraConfig(r=3, lora_alpha=6, target_modules=targets)).to(
-        dtype
-    )
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
+    model = peft_model(base(family, dtype, **overrides), config).to(dtype)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
@@ -137,6 +136,13 @@ def loss_and_gradients(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Ten
     loss = loss_of(model, **inputs)
     loss.backward()
     return loss.detach(), gradients(model)
+
+
+def checkpoint(model: Any, reentrant: bool) -> None:
+    """Switch gradient checkpointing on, under the name that this transformers has for it."""
+    inner = model.get_base_model()
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
 
 
 def close(

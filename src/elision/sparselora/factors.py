@@ -93,9 +93,11 @@ class Factors:
         card = files.read_json(path.with_suffix(".json"), "factors")
         if not isinstance(card, dict) or card.get("version") != VERSION:
             raise InputError(f"factors {path.with_suffix('.json')} are not of version {VERSION}: compute them again")
+        if missing := [name for name in ("rank", "weights", "sha256") if name not in card]:
+            raise InputError(f"factors {path.with_suffix('.json')} lacks {', '.join(missing)}: compute them again")
         if not path.is_file():
             raise InputError(f"factors {path} is not a file: compute them again")
-        if _hash_file(path) != card.get("sha256"):
+        if _hash_file(path) != card["sha256"]:
             raise InputError(f"factors {path} do not match their JSON, truncated or exchanged: compute them again")
         tensors = load_file(path)
         keys = {name.rsplit(".", 1)[0] for name in tensors}
