@@ -40,8 +40,8 @@ __all__ = [
 IGNORED = -100  # the label of a position that is neither trained nor scored
 
 # Field names of prompt/answer files in common use: prompt fields are joined by a line break, the first answer counts.
-_PROMPTS = (("prompt",), ("question",), ("instruction", "input"))
-_ANSWERS = ("completion", "response", "output", "solution", "answer")
+_PROMPTS = (("prompt",), ("question",), ("instruction", "input"), ("original_text",))
+_ANSWERS = ("completion", "response", "output", "solution", "answer", "ans")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Example:
 def load_examples(path: str | Path) -> list[Example]:
     """Read prompt/answer pairs from a .json (list of objects) or .jsonl (an object a line) file.
 
-    Prompts stand under "prompt", "question" or "instruction" (with "input"), answers under "completion", "response",
-    "output", "solution" or "answer".
+    Prompts stand under "prompt", "question", "instruction" (with "input") or "original_text", answers under
+    "completion", "response", "output", "solution", "answer" or "ans".
 
     Raises:
         InputError: no such file, not JSON, no rows, or a row without prompt or answer; names the line or row.
@@ -88,7 +88,11 @@ def _example(row: object, where: str) -> Example:
     names = next((names for names in _PROMPTS if names[0] in row), None)
     answer = next((row[name] for name in _ANSWERS if name in row), None)
     if names is None or answer is None:
-        missing = "prompt (prompt, question or instruction)" if names is None else f"answer ({', '.join(_ANSWERS)})"
+        missing = (
+            f"prompt ({', '.join(names[0] for names in _PROMPTS)})"
+            if names is None
+            else f"answer ({', '.join(_ANSWERS)})"
+        )
         raise InputError(f"{where} has no {missing}: its fields are {', '.join(map(str, row)) or 'none'}")
     prompt = "\n".join(str(row[name]) for name in names if row.get(name))
     if not prompt.strip() or not str(answer).strip():
@@ -97,13 +101,13 @@ def _example(row: object, where: str) -> Example:
 
 
 def without_overlap(train: Sequence[Example], evaluation: Iterable[Example]) -> list[Example]:
-    """The rows of `train` whose prompt, in lower case and without punctuation, is none of `evaluation`'s."""
+    """The rows of `train` whose prompt, in lower case, letters and digits alone, is none of `evaluation`'s."""
     seen = {_normal(example.prompt) for example in evaluation}
     return [example for example in train if _normal(example.prompt) not in seen]
 
 
 def _normal(text: str) -> str:
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
+    return re.sub(r"[\W_]+", "", text.lower())
 
 
 def encode(

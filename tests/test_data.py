@@ -1,0 +1,144 @@
+"""Files and problems to batches: labels where answers are, and one line where a file is not what it should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from elision import data
+from elision.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    characters = [chr(i) for i in range(32, 127)] + ["\n"]
+    model = Tokenizer(models.WordLevel({"<end>": 0, "<pad>": 1, **{c: i + 2 for i, c in enumerate(characters)}}, "~"))
+    model.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", pad_token="<pad>")
+
+
+def test_labels_stand_on_the_answer_and_the_end_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    (row,) = data.encode(tokenizer, [data.Example("ab", "cd")])
+    assert len(row["input_ids"]) == len("ab cd") + 1
+    assert row["labels"] == [data.IGNORED, data.IGNORED, *row["input_ids"][2:]]
+    assert row["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_long_rows_lose_the_end_of_the_answer_and_longer_prompts_are_left_out(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    examples = [data.Example("ab", "cdef"), data.Example("abcdef", "g")]
+    (row,) = data.encode(tokenizer, examples, max_length=5)
+    assert len(row["input_ids"]) == 5 and row["labels"][2:] == row["input_ids"][2:]
+    with pytest.raises(InputError, match="no row has an answer within 2 tokens"):
+        data.encode(tokenizer, examples, max_length=2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_masked_and_unlabelled(tokenizer: PreTrainedTokenizerFast, side: str) -> None:
+    rows = data.encode(tokenizer, [data.Example("ab", "c"), data.Example("abcd", "efg")])
+    batch = data.collate(rows, 1, side, multiple=4)
+    assert batch["input_ids"].shape[1] % 4 == 0
+    for i, row in enumerate(rows):
+        real = batch["attention_mask"][i].bool()
+        assert batch["input_ids"][i][real].tolist() == row["input_ids"]
+        assert batch["labels"][i][real].tolist() == row["labels"]
+        assert (batch["labels"][i][~real] == data.IGNORED).all() and (batch["input_ids"][i][~real] == 1).all()
+        assert bool(real[-1 if side == "left" else 0])
+
+
+def test_a_batch_without_a_label_is_refused() -> None:
+    with pytest.raises(InputError, match="every label of the batch is -100"):
+        data.collate([{"input_ids": [3, 4], "labels": [-100, -100]}], 0)
+    with pytest.raises(InputError, match="no rows to batch"):
+        data.collate([], 0)
+    with pytest.raises(InputError, match="side 'top'"):
+        data.collate([{"input_ids": [3], "labels": [3]}], 0, "top")
+
+
+def test_text_is_cut_into_rows_end_to_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    batches = data.text_batches(tokenizer, ["abcde", "fgh"], length=3, rows=2)
+    ids = torch.cat([batch["input_ids"] for batch in batches]).flatten().tolist()
+    assert ids == [*tokenizer.encode("abcde"), 0, *tokenizer.encode("fgh")]
+    assert len(data.text_batches(tokenizer, ["abcdef"] * 9, length=3, rows=1, limit=2)) == 2
+    with pytest.raises(InputError, match="fewer than one row of 100"):
+        data.text_batches(tokenizer, ["abc"], length=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompt", "answer"),
+    [
+        (
+            "a.jsonl",
+            '{"question": "q?", "answer": "a #### 1"}\n\n{"prompt": "p", "completion": "c"}\n',
+            "q?",
+            "a #### 1",
+        ),
+        ("a.json", '[{"instruction": "do", "input": "this", "output": "done", "answer": "x"}]', "do\nthis", "done"),
+        ("a.json", '[{"instruction": "do", "input": "", "output": "done"}]', "do", "done"),
+    ],
+)
+def test_usual_files_are_read(tmp_path: Path, name: str, text: str, prompt: str, answer: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    assert data.load_examples(path)[0] == data.Example(prompt, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is not a file"),
+        ("[{", "is not JSON"),
+        ("[]", "holds no rows"),
+        ('{"question": "q", "answer": "a"}', "holds no rows"),
+        ('["q"]', "row 1 is not an object"),
+        ('[{"question": "q"}]', "row 1 has no answer"),
+        ('[{"answer": "a"}]', "row 1 has no prompt"),
+        ('[{"question": " ", "answer": "a"}]', "row 1 has an empty prompt or answer"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "data.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message) as raised:
+        data.load_examples(path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_binary_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is not UTF-8"):
+        data.load_examples(path)
+
+
+def test_training_rows_that_stand_in_the_evaluation_set_are_dropped() -> None:
+    evaluation = [data.Example("How many, in all?", "3")]
+    train = [data.Example("how MANY in all", "4"), data.Example("How many are there in all?", "5")]
+    assert data.without_overlap(train, evaluation) == train[1:]
+
+
+@pytest.mark.skipif(data.shared_folder() is None, reason="the folder of real data sets (ELISION_DATA) is not here")
+def test_no_training_question_of_the_real_sets_is_evaluated_on() -> None:
+    folder = data.shared_folder()
+    assert folder is not None
+    for train, test in (("mawps_trainset.json", "mawps_testset.json"), ("boolq_train.json", "boolq_test.json")):
+        rows, held_out = data.load_examples(folder / train), data.load_examples(folder / test)
+        kept = data.without_overlap(rows, held_out)
+        assert len(kept) > 0.5 * len(rows)
+        questions = {"".join(filter(str.isalnum, example.prompt.lower())) for example in held_out}
+        assert not questions & {"".join(filter(str.isalnum, example.prompt.lower())) for example in kept}
+    assert len(data.load_examples(folder / "gsm8k_train.jsonl")) == 7473
+
+
+def test_the_folder_of_data_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELISION_DATA", str(tmp_path))
+    assert data.shared_folder() == tmp_path
+    monkeypatch.setenv("ELISION_DATA", str(tmp_path / "absent"))
+    assert data.shared_folder() is None

@@ -1,0 +1,123 @@
+"""The generator: seeded, answerable from its facts and only from them, and split cleanly."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from elision.errors import InputError
+from elision.word_problems import FAMILIES, NAMES, NEW_FAMILIES, Problem, majority_rate, problem, problems
+
+ALL = (*FAMILIES, *NEW_FAMILIES)
+
+
+def solve(p: Problem) -> int:
+    """The answer from the facts alone, by other means than the generator's."""
+    text = " ".join(p.facts)
+    names = [word for word in re.findall(r"[A-Z][a-z]+", p.question) if word in NAMES]
+
+    def owned(who: str, thing: str) -> int:
+        patterns = (
+            rf"{who} (?:has|owns|keeps) (\d+) {thing}",
+            rf"are (\d+) {thing} in {who}'s bag",
+            rf"On the table of {who} there are (\d+) {thing}",
+            rf"In {who}'s drawer there are (\d+) {thing}",
+        )
+        found = [int(n) for pattern in patterns for n in re.findall(pattern, text)]
+        assert len(found) == 1, (who, thing, found)
+        return found[0]
+
+    if p.family == "price":
+        buyer = names[0]
+        ((count, thing),) = re.findall(rf"{buyer} (?:buys|wants|takes) (\d+) (\w+)", text)
+        price = re.findall(rf"(?:{thing} costs?|of {thing} is|{thing} sell at) (\d+)", text)
+        assert len(price) == 1
+        return int(count) * int(price[0])
+    if p.family == "trips":
+        a, b, c = names if "by way of" not in p.question else (names[0], names[2], names[1])
+
+        def leg(x: str, y: str) -> int:
+            forms = (
+                rf"{x}'s house to {y}'s house takes (\d+)",
+                rf"From {x} to {y} it is (\d+)",
+                rf"(\d+) minutes from {x} to {y}\.",
+            )
+            found = [int(n) for form in forms for n in re.findall(form, text)]
+            assert len(found) == 1
+            return found[0]
+
+        return leg(a, b) + leg(b, c)
+    if p.family == "ages":
+        who = names[0]
+        years = int(re.findall(r"\d+", p.question)[0])
+        relation = next(f for f in p.facts if who in f and re.search(r"older|younger", f))
+        other = next(n for n in re.findall(r"[A-Z][a-z]+", relation) if n not in (who, "Compared"))
+        shift = int(re.findall(r"\d+", relation)[0]) * (1 if "older" in relation else -1)
+        (age,) = re.findall(rf"{other} is (\d+) years old|age of {other} is (\d+)|{other} (?:has )?turned (\d+)", text)
+        return int("".join(age)) + shift + years
+    thing = next(word for word in re.findall(r"[a-z]+", p.question) if re.search(rf"\d+ (?:more )?{word}\b", text))
+    if p.family == "lookup":
+        return owned(names[0], thing)
+    if p.family in ("gain", "loss"):
+        (change,) = re.findall(rf"(?:finds|gets|buys|loses|gives|sells)(?: another)? (\d+)(?: more)? {thing}", text)
+        return owned(names[0], thing) + int(change) * (1 if p.family == "gain" else -1)
+    if p.family == "sum":
+        return owned(names[0], thing) + owned(names[1], thing)
+    if p.family == "difference":
+        return abs(owned(names[0], thing) - owned(names[1], thing))
+    relation = next(f for f in p.facts if re.search(r"more|fewer", f))
+    other = next(n for n in re.findall(r"[A-Z][a-z]+", relation) if n not in (names[0], "Compared"))
+    shift = int(re.findall(r"\d+", relation)[0]) * (1 if "more" in relation else -1)
+    return owned(other, thing) + shift
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_facts_hold_the_answer(family: str, split: str) -> None:
+    for p in problems((family,), split, 60):  # pyright: ignore
+        assert str(solve(p)) == p.answer
+        assert p.solution.endswith(f"#### {p.answer}")
+        for left, sign, right, result in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", p.solution):
+            assert {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}[sign] == int(
+                result
+            )
+
+
+def test_the_solver_notices_a_wrong_answer() -> None:
+    first, second = (p for p in problems(("sum",), "test", 40) if p.answer in ("60", "61", "62", "63", "64")), None
+    p = next(first)
+    misled = p.with_facts_of(next(first))
+    assert second is None and misled.question == p.question and misled.facts != p.facts
+    with pytest.raises((AssertionError, StopIteration, IndexError)):
+        assert str(solve(misled)) == p.answer
+
+
+def test_a_problem_depends_on_seed_split_and_index_alone() -> None:
+    assert problem(("sum", "ages"), "train", 7, seed=3) == problems(("sum", "ages"), "train", 9, seed=3)[7]
+    assert problem(("sum",), "train", 7, seed=3) != problem(("sum",), "train", 7, seed=4)
+    assert problem(("sum",), "train", 7, seed=3) != problem(("sum",), "test", 7, seed=3)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_phrasings_and_numbers_of_the_test_split_are_held_out(family: str) -> None:
+    def shape(sentence: str) -> str:
+        return re.sub(r"\d+", "#", re.sub(r"\b[A-Z][a-z]+(?='s|\b)", "N", sentence))
+
+    train, test = problems((family,), "train", 200), problems((family,), "test", 200)
+    assert not {p.question for p in train} & {p.question for p in test}
+    assert not {shape(p.question) for p in train} & {shape(p.question) for p in test}
+    operands = [{tuple(re.findall(r"\d+", p.solution)) for p in split} for split in (train, test)]
+    assert not operands[0] & operands[1]
+
+
+@pytest.mark.parametrize("family", NEW_FAMILIES)
+def test_no_answer_is_common(family: str) -> None:
+    assert majority_rate(problems((family,), "test", 500)) < 0.08
+
+
+def test_bad_names_are_refused() -> None:
+    with pytest.raises(InputError, match=r"family 'sums' .* take one of lookup"):
+        problems(("sums",), "train", 1)
+    with pytest.raises(InputError, match=r"split 'dev' is neither"):
+        problems(("sum",), "dev", 1)  # pyright: ignore
