@@ -29,7 +29,7 @@ format: setup-dev ## rewrite the files as `make lint` wants them
 	$(BIN)/ruff format .
 
 constraints: ## write constraints.txt anew from what pip resolves today
-	scripts/constraints.sh
+	$(or $(PYTHON),python3.11) scripts/constraints.py
 
 setup:
 	@scripts/setup.sh

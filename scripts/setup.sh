@@ -47,7 +47,8 @@ fi
 rm -f "$marker"
 
 echo "Installing into .venv at the versions of constraints.txt (a few minutes the first time)"
-install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 10 --constraint constraints.txt)
+install=(.venv/bin/python -m pip install --disable-pip-version-check --retries 10 --constraint constraints.txt)
+[ -t 1 ] || install+=(--quiet) # a person sees the downloads move, a log only what went wrong
 "${install[@]}" hatchling editables # the build tools, pinned like the rest
 if [ "$what" = dev ]; then extras="[dev]"; else extras=; fi
 "${install[@]}" --no-build-isolation --editable ".$extras"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
@@ -62,6 +64,26 @@ def test_constraints_pin_every_dependency() -> None:
     assert uncovered(Requirement("lm-eval"), seen) == ["lm-eval: no pin"]
 
 
+def imported(path: Path) -> set[str]:
+    """What a file imports beside the standard library: elision's modules in full, of others the package."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names |= {f"elision.{alias.name}" for alias in node.names} if module == "elision" else {module}
+    short = {name if name.startswith("elision.") else name.partition(".")[0] for name in names}
+    return short - set(sys.stdlib_module_names)
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    allowed = {name.replace("-", "_") for name in declared} | {"elision"}
+    for path in SOURCES:
+        assert {name.partition(".")[0] for name in imported(path)} <= allowed, path
+
+
 def test_constraints_hold_everywhere() -> None:
     assert "+" not in read("constraints.txt")  # no build of one machine
     assert "://" not in read("constraints.txt")  # no index of one machine
@@ -117,8 +139,28 @@ def test_files_stay_readable(path: Path) -> None:
 
 def test_methods_do_not_know_each_other() -> None:
     for method, other in (("sparselora", "spd"), ("spd", "sparselora")):
-        files = [path for path in SOURCES if path.parent.is_relative_to(ROOT / "src" / "elision" / method)]
-        assert files
+        files = [path for path in SOURCES if path.is_relative_to(ROOT / "src" / "elision" / method)]
+        assert len(files) >= 4
         for path in files:
-            imports = re.findall(r"^\s*(?:from|import) (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-            assert not [name for name in imports if name.startswith(f"elision.{other}")], path
+            assert not [name for name in imported(path) if name.startswith(f"elision.{other}")], path
+
+
+def test_every_file_has_its_place_in_the_design() -> None:
+    tree = re.search(r"^## Rooms\n\n((?: {4}.*\n)+)", read("docs/design.md"), re.MULTILINE)
+    assert tree is not None
+    above: list[str] = []  # the directory at each depth
+    named = set()
+    for indent, name in re.findall(r"^ {4}( *)(\S+)", tree[1], re.MULTILINE):
+        depth = len(indent) // 2
+        above[depth:] = [name]
+        named.add("".join(above[: depth + 1]))
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+    files = {str(path.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py"}
+    assert sorted(files - named) == []
+
+
+def test_pure_files_stay_pure() -> None:
+    named = re.findall(r"^ +(\w+\.py) .*\(pure\)$", read("docs/design.md"), re.MULTILINE)
+    assert len(named) >= 4
+    for path in (path for path in SOURCES if path.name in named):
+        assert imported(path) <= {"torch", "elision.shapes", "elision.errors"}, path

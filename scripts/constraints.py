@@ -1,0 +1,65 @@
+"""Write constraints.txt anew: what pip resolves today from pyproject.toml alone.
+
+An empty environment of the oldest supported Python is filled, so that a pin is something that installed and that holds
+for the newer ones too; what else the newer ones need, and torch's CUDA build, is resolved on top of it but not
+installed. Local version labels, such as the "+cpu" of a torch build, are dropped: a pin holds for every build.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OLDEST, NEWER = (3, 11), ("3.12", "3.13")
+TORCH = "torch==2.13.0"  # the version that the project is developed against
+HEADER = (
+    "# Every dependency of `make demo` and `make test`, build and test tools included. Written by `make constraints`."
+)
+
+
+def main() -> None:
+    """Write the file, or leave it as it is where anything fails."""
+    if sys.version_info[:2] != OLDEST:
+        sys.exit(f"error: run with Python {OLDEST[0]}.{OLDEST[1]}, the oldest supported one: its pins hold for all")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"], "hatchling", "editables", TORCH]
+    with tempfile.TemporaryDirectory() as place:
+        venv.create(Path(place) / "venv", with_pip=True)
+        pip = [Path(place) / "venv" / "bin" / "python", "-m", "pip", "--quiet"]
+        subprocess.run([*pip, "install", *wanted], check=True)
+        frozen = subprocess.run(
+            [*pip, "freeze", "--all", "--exclude", "pip"], check=True, text=True, capture_output=True
+        )
+        pins = {canonical(name): version for name, version in (line.split("==") for line in frozen.stdout.splitlines())}
+        for version in NEWER:
+            constraints, report = Path(place) / "constraints.txt", Path(place) / "report.json"
+            constraints.write_text(lines(pins), encoding="utf-8")
+            elsewhere = ["--dry-run", "--ignore-installed", "--only-binary=:all:", "--python-version", version]
+            elsewhere += ["--target", Path(place) / "nowhere"]  # pip asks for one, though it writes nothing
+            subprocess.run(
+                [*pip, "install", *elsewhere, "--report", report, "--constraint", constraints, *wanted], check=True
+            )
+            found = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
+            pins = {canonical(item["name"]): item["version"] for item in found} | pins
+    (ROOT / "constraints.txt").write_text(f"{HEADER}\n{lines(pins)}", encoding="utf-8")
+
+
+def lines(pins: dict[str, str]) -> str:
+    """The pins as lines, sorted, without local version labels."""
+    return "".join(f"{name}=={version.partition('+')[0]}\n" for name, version in sorted(pins.items()))
+
+
+def canonical(name: str) -> str:
+    """The one spelling of a package's name."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The Python of the README runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def program(section: str) -> str:
+    """The one block of Python under the heading that starts with `section`; ten lines at most, as it promises."""
+    text = README.read_text(encoding="utf-8")
+    (block,) = re.findall(rf"^## {section}[^\n]*\n(?:(?!^## ).*\n)*?```python\n((?:.*\n)*?)```", text, re.MULTILINE)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    return block
+
+
+def tiny() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def rows(count: int) -> list[dict[str, Tensor]]:
+    """Sequences of 12 tokens, the first 8 of them context."""
+    ids = torch.randint(1, 50, (count, 12))
+    labels = torch.where(torch.arange(12) < 8, -100, ids)
+    return [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": x} for i, x in zip(ids, labels, strict=True)
+    ]
+
+
+def test_sparselora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    names: dict[str, Any] = {"model": model, "dataset": rows(32)}
+    exec(program("SparseLoRA"), names)
+    assert names["sparse"].forwards["sparse"] == 3  # of four steps, the first is dense
+    assert names["plan"].ffn == (0.75,) * 10
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
+    assert any(p.abs().sum() > 0 for name, p in loaded.named_parameters() if "lora_B" in name)  # it did learn
+
+
+def test_spd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny().eval()
+    batches = [{name: row[name][None] for name in row} for row in rows(2)]
+    prompt = {"input_ids": batches[0]["input_ids"], "attention_mask": batches[0]["attention_mask"]}
+    with torch.no_grad():
+        before = model(**prompt).logits
+    names: dict[str, Any] = {"model": model, "batches": batches, "prompt": prompt}
+    exec(program("SPD"), names)
+    assert len(names["measured"].blocks) == 10
+    assert str(names["measured"].dense) in capsys.readouterr().out
+    assert names["SyncPlan"].load("plan.json") == names["plan"]
+    with torch.no_grad():
+        assert torch.equal(model(**prompt).logits, before)
