@@ -1,0 +1,250 @@
+"""What a LoRA step costs in floating-point operations, dense and under a plan.
+
+A product of (T, in) with (in, out) counts 2 T in out. Counted are the products of a forward and a backward; norms,
+activations, softmax, gathers and the optimizer are not, as in torch's own counter, with which this agrees.
+
+    base       forward, and the gradient of the input; weights are frozen, so there is no gradient of theirs
+    adapters   both factors, with both their gradients
+    attention  Q K' and P V: two products a head forward, four backward (a kernel that recomputes Q K' does one more)
+    estimator  the scores of the plan's selection
+    head       logits of the positions that are asked for, forward and backward
+
+A gradient is counted where one flows: nothing below the first adapter has any. Context rows of a pruned projection
+count the kept channels only, all other rows count in full. Attention is counted in full; its causal half, what a
+causal kernel computes, is the other figure (`Cost.total(causal=True)`).
+
+The paper's percentages (METHODS 1.4) count the base products, sparse steps and dense first steps together, and no
+attention, adapters or estimator; its 512-token figures with 25% output tokens, with and without the head, are met by
+`relative(..., count=("base", "head"))` and `relative(..., count=("base",))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from elision import blocks
+from elision.errors import InputError
+from elision.sparselora import select
+from elision.sparselora.factors import SCORED, estimated
+from elision.sparselora.plan import PART_OF, SparsityPlan
+from elision.sparselora.tokens import TokenKinds
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that the products of a decoder depend on."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    gated: bool = True
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Sizes of `model`, a transformers causal LM or a PEFT model around one."""
+        view = blocks.decoder(model)
+        block = view.blocks[0]
+        return cls(
+            layers=len(view.blocks),
+            hidden=block.hidden_size,
+            intermediate=block.intermediate_size,
+            heads=block.heads,
+            kv_heads=block.kv_heads,
+            head_dim=block.head_dim,
+            vocabulary=view.config.vocab_size,
+            gated=block.gate is not None,
+        )
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of every projection of a block."""
+        query, kv, wide = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate
+        sizes = {"q": (self.hidden, query), "k": (self.hidden, kv), "v": (self.hidden, kv), "o": (query, self.hidden)}
+        gate = {"gate": (self.hidden, wide)} if self.gated else {}
+        return {**sizes, **gate, "up": (self.hidden, wide), "down": (wide, self.hidden)}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA pair of a layer: `projections` are those that its outputs serve, several where they are fused."""
+
+    projections: tuple[str, ...]
+    rank: int
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One batch: `lengths` of its sequences as computed, how many of their tokens are sparse, and how many logits."""
+
+    lengths: tuple[int, ...]
+    context: int
+    logits: int
+
+    @classmethod
+    def of(cls, kinds: TokenKinds, *, padded: bool) -> Self:
+        """Of a batch of one sequence a row. `padded`: as Hugging Face computes it, padding, elided tokens and all
+        logits included; otherwise only the tokens, and the logits, that the loss depends on.
+        """
+        batch, sequence = kinds.context.shape
+        context = int(kinds.kept.sum())
+        if padded:
+            return cls((sequence,) * batch, context, batch * sequence)
+        lengths = ((kinds.context | kinds.dense) & ~kinds.elided).sum(dim=1).tolist()
+        return cls(tuple(lengths), context, int(kinds.loss_bearing.sum()))
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations of one forward and backward."""
+
+    base: float = 0.0
+    adapters: float = 0.0
+    attention: float = 0.0
+    estimator: float = 0.0
+    head: float = 0.0
+
+    def total(self, *, head: bool = True, causal: bool = False) -> float:
+        """All of it; without the output head, or with attention at its causal half, on request."""
+        spared = (0.0 if head else self.head) + (self.attention / 2 if causal else 0.0)
+        return sum(getattr(self, item.name) for item in fields(self)) - spared
+
+
+def adapters_of(model: nn.Module) -> tuple[tuple[Adapter, ...], ...]:
+    """The active LoRA adapters of every layer of `model`.
+
+    Raises:
+        InputError: the model is of no supported family.
+    """
+    layers = []
+    for block in blocks.decoder(model).blocks:
+        served: dict[int, list[str]] = {}
+        modules: dict[int, Any] = {}
+        for name, projection in block.projections.items():
+            if isinstance(projection.module, LoraLayer):
+                modules[id(projection.module)] = projection.module
+                served.setdefault(id(projection.module), []).append(name)
+        layers.append(
+            tuple(
+                Adapter(tuple(served[key]), module.r[active], module.in_features, module.out_features)
+                for key, module in modules.items()
+                for active in module.active_adapters
+                if active in module.lora_A
+            )
+        )
+    return tuple(layers)
+
+
+def uniform_adapters(
+    shape: Shape, rank: int, projections: Iterable[str] = ("q", "k", "v", "o")
+) -> tuple[tuple[Adapter, ...], ...]:
+    """LoRA of one rank on the same projections of every layer."""
+    layer = tuple(Adapter((name,), rank, *shape.projections[name]) for name in projections)
+    return (layer,) * shape.layers
+
+
+def step(
+    shape: Shape,
+    work: Workload,
+    adapters: Sequence[Sequence[Adapter]],
+    plan: SparsityPlan | None = None,
+    *,
+    input_gradient: bool = False,
+) -> Cost:
+    """Cost of one forward and backward of LoRA fine-tuning.
+
+    Args:
+        shape: sizes of the model.
+        work: rows of the batch.
+        adapters: of every layer, as `adapters_of` or `uniform_adapters` give them.
+        plan: what context tokens leave out; None: the dense step.
+        input_gradient: whether the first block's input needs a gradient (trained embeddings, or
+            enable_input_require_grads, which reentrant checkpointing needs).
+
+    Raises:
+        InputError: adapters or plan are of another number of layers.
+    """
+    if len(adapters) != shape.layers:
+        raise InputError(f"adapters of {len(adapters)} layers for a model of {shape.layers}: give one tuple per layer")
+    if plan is not None and plan.model.layers != shape.layers:
+        raise InputError(f"plan has {plan.model.layers} layers, the model {shape.layers}: make a plan for this model")
+    base = adapter = attention = estimator = 0.0
+    flows = input_gradient  # whether the residual stream needs a gradient
+    for layer, own in enumerate(adapters):
+        adapted = {name for pair in own for name in pair.projections}
+        needs = {"q": flows, "k": flows, "v": flows}  # by projection: whether its input needs a gradient
+        made = {name: flows or name in adapted for name in needs}  # whether its output does
+        needs["o"] = any(made.values())
+        pairs = sum(2.0 * length * length * shape.heads * shape.head_dim for length in work.lengths)
+        attention += pairs * (2 + made["q"] + made["k"] + (made["q"] or made["k"]) + made["v"])
+        flows = flows or needs["o"] or "o" in adapted
+        needs |= {"gate": flows, "up": flows}
+        needs["down"] = flows or not adapted.isdisjoint({"gate", "up"})
+        flows = needs["down"] or "down" in adapted
+        for name, (inputs, outputs) in shape.projections.items():
+            sparsity = 0.0 if plan is None else plan.sparsity(layer, name)
+            share = _kept_share(shape, plan, name, sparsity) if plan is not None and sparsity > 0 else 1.0
+            rows = work.tokens - work.context + work.context * share
+            base += 2.0 * rows * inputs * outputs * (2 if needs[name] else 1)
+            if plan is not None and sparsity > 0:
+                estimator += _scoring(plan, layer, name, work.context, inputs, outputs)
+        for pair in own:
+            through = pair.inputs * (3 if needs[pair.projections[0]] else 2) + pair.outputs * 3
+            adapter += 2.0 * work.tokens * pair.rank * through
+    head = 2.0 * work.logits * shape.hidden * shape.vocabulary * (2 if flows else 1)
+    return Cost(base, adapter, attention, estimator, head)
+
+
+def relative(
+    shape: Shape,
+    work: Workload,
+    adapters: Sequence[Sequence[Adapter]],
+    plan: SparsityPlan,
+    *,
+    count: Sequence[str] = ("base", "adapters", "attention", "estimator", "head"),
+) -> float:
+    """Operations of a whole run under `plan`, its dense first steps included, over those of the dense run.
+
+    `count` names the fields of Cost that are counted.
+    """
+    dense, sparse = step(shape, work, adapters), step(shape, work, adapters, plan)
+    ratio = sum(getattr(sparse, item) for item in count) / sum(getattr(dense, item) for item in count)
+    return plan.dense_steps + (1.0 - plan.dense_steps) * ratio
+
+
+def _kept_share(shape: Shape, plan: SparsityPlan, name: str, sparsity: float) -> float:
+    """Share of a pruned projection's channels that context tokens compute; the same for both sides of a head group."""
+    part = PART_OF[name]
+    if part == "ffn":
+        kept = 0 if plan.selection == "no-ffn" else select.keep_count(shape.intermediate, sparsity)
+        return kept / shape.intermediate
+    channels = shape.kv_heads * shape.head_dim
+    return select.keep_count(channels, sparsity, even=part == "qk" and plan.rotary_pairs) / channels
+
+
+def _scoring(plan: SparsityPlan, layer: int, name: str, context: int, inputs: int, outputs: int) -> float:
+    """Operations that score projection `name`: the product itself, its factors, or nothing."""
+    if plan.selection == "oracle":
+        return 2.0 * context * inputs * outputs if name in SCORED else 0.0
+    if not estimated(plan, layer, name):
+        return 0.0
+    rank = min(plan.rank, inputs, outputs)
+    if name in ("gate", "up"):
+        return 2.0 * context * rank * (inputs + outputs)
+    return (
+        2.0 * context * rank * (inputs + rank) + 2.0 * outputs * rank * rank
+    )  # the Gram matrix, then a form a channel
