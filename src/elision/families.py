@@ -30,6 +30,7 @@ NormPlacement = Literal["pre", "sandwich", "output", "post"]
 Names = tuple[str | None, str | None]
 
 METHODS: dict[Method, str] = {"sparselora": "SparseLoRA", "spd": "SPD"}
+TREATED = "spd_"  # begins the model_type of a checkpoint that only its SyncPlan makes whole (spd/artifact.py)
 REFERENCE = Path(__file__).parent / "reference_model"  # what the word "reference" stands for
 
 
@@ -250,7 +251,8 @@ def model_path(source: str | Path) -> str:
 def load_config(source: str | Path) -> PretrainedConfig:
     """Read the config of a model: a directory, a Hugging Face id, or "reference" for the embedded model.
 
-    Code that comes with a checkpoint is never run. HF_HUB_OFFLINE is respected.
+    Code that comes with a checkpoint is never run. HF_HUB_OFFLINE is respected. A checkpoint that SPD treated gives the
+    config of its family, which says what it is made of; its weights are for elision.spd.load.
 
     Raises:
         InputError: nothing is there, config.json is broken, or transformers does not know the model_type.
@@ -268,9 +270,12 @@ def load_config(source: str | Path) -> PretrainedConfig:
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(model_type, str):
         raise InputError(f"{where} names no model_type: give the directory of a transformers checkpoint")
-    if model_type not in FAMILIES and model_type not in CONFIG_MAPPING:
+    original = model_type.removeprefix(TREATED)
+    if model_type not in FAMILIES and model_type not in CONFIG_MAPPING and original not in FAMILIES:
         raise InputError(f"{where}: {_unsupported(model_type)}")
     try:
+        if original != model_type:
+            return CONFIG_MAPPING[original].from_dict({**raw, "model_type": original})
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a config class may raise anything on a value that it did not foresee
         raise InputError(f"{where} is not a valid {model_type} config ({_line(error)}): correct it") from error

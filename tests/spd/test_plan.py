@@ -37,13 +37,30 @@ def test_a_plan_by_hand_needs_ranks_and_blocks_only():
     assert plan.to_dict() == {"version": 1, "ranks": 8, "dropped": [4, 7, 9]}
 
 
-@pytest.mark.parametrize("plan", [SyncPlan(1), SyncPlan(8, (4, 7, 9)), WHOLE])
+TREATED = SyncPlan(8, (4, 7, 11), corrections={11: "local_o", 4: "gain"}, healed=(7, 4))
+
+
+@pytest.mark.parametrize("plan", [SyncPlan(1), SyncPlan(8, (4, 7, 9)), WHOLE, TREATED])
 def test_what_is_saved_is_loaded_and_saved_again_in_the_same_bytes(plan, tmp_path):
     first = plan.save(tmp_path / "new" / "plan.json")
     again = SyncPlan.load(first)
     assert again == plan
     assert again.save(tmp_path / "again.json").read_bytes() == first.read_bytes()
     assert SyncPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan  # as in a model's config.json
+
+
+def test_treatments_are_part_of_the_plan():
+    assert TREATED.to_dict() == {
+        "version": 1,
+        "ranks": 8,
+        "dropped": [4, 7, 11],
+        "corrections": {"4": "gain", "11": "local_o"},
+        "healed": [4, 7],
+    }
+    assert TREATED.healed == (4, 7) and list(TREATED.corrections) == [4, 11]
+    assert WHOLE.original_weights and not TREATED.original_weights
+    assert not dataclasses.replace(TREATED, healed=()).original_weights
+    assert dataclasses.replace(TREATED, corrections={}) != TREATED and hash(TREATED)
 
 
 def test_facts_are_read_off_the_model():
@@ -74,6 +91,12 @@ def test_a_plan_by_hand_fits_every_model_that_has_its_blocks():
         ("dropped block '3' is not", {"ranks": 2, "dropped": ("3",)}),
         ("dropped 3 is not a list", {"ranks": 2, "dropped": 3}),
         ("dropped block 4 is given twice", {"ranks": 2, "dropped": (4, 1, 4)}),
+        ("healed block 4 is given twice", {"ranks": 2, "dropped": (4,), "healed": (4, 4)}),
+        ("healed block 1 keeps its sync", {"ranks": 2, "dropped": (4,), "healed": (1, 4)}),
+        ("corrections block 1 keeps its sync", {"ranks": 2, "dropped": (4,), "corrections": {1: "gain"}}),
+        ("correction 'bias' is not known: use one of constant, gain", {"ranks": 2, "corrections": {1: "bias"}}),
+        ("corrections block '1' is not", {"ranks": 2, "corrections": {"1": "gain"}}),
+        (r"corrections \['gain'\] is not a mapping", {"ranks": 2, "corrections": ["gain"]}),
         ("dropped block 7 does not exist", {"ranks": 3, "dropped": (7,), "model": FACTS}),
         (
             "calibration is of 3 blocks, layers is 4",
@@ -105,8 +128,9 @@ def test_measurements_that_do_not_fit_each_other(match, values):
     ("match", "change"),
     [
         ("has version 2, this elision reads 1", {"version": 2}),
-        ("unknown field 'blocks': use calibration, dropped, model, ranks", {"blocks": [1]}),
+        ("unknown field 'blocks': use calibration, corrections, dropped, healed, model, ranks", {"blocks": [1]}),
         ("ranks None is not a whole number", {"ranks": None}),
+        ("corrections block 'x' is not", {"corrections": {"x": "gain"}}),
         ("dropped block 1.5 is not", {"dropped": [1.5]}),
         ("model is 7, not an object", {"model": 7}),
         ("model has an unknown field 'depth'", {"model": {"depth": 3}}),

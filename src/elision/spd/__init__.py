@@ -1,9 +1,11 @@
 """SPD: serve a tensor-parallel model with fewer synchronisations.
 
 `calibrate` measures what each dropped sync costs on the user's data and returns a `SyncPlan`; `simulate` makes one
-process compute what N ranks would under a plan, and returns a handle that undoes it.
+process compute what N ranks would under a plan, and returns a handle that undoes it. `save` writes a checkpoint that
+carries its plan; `load` brings it back, simulated, and `read` brings model and plan back one beside the other.
 """
 
+from elision.spd.artifact import Treated, load, read, read_plan, save
 from elision.spd.plan import Calibration, ModelFacts, SyncPlan
 from elision.spd.sensitivity import Sensitivity, calibrate, curve, sensitivity
 from elision.spd.simulate import Simulation, simulate
@@ -14,8 +16,13 @@ __all__ = [
     "Sensitivity",
     "Simulation",
     "SyncPlan",
+    "Treated",
     "calibrate",
     "curve",
+    "load",
+    "read",
+    "read_plan",
+    "save",
     "sensitivity",
     "simulate",
 ]

@@ -13,6 +13,12 @@ P_i rides along in the one sync that is left, so attention's output still reache
 each P_i, b and c is counted exactly once. What is lost is only this: the MLP of rank i sees its own heads' P_i where
 it would have seen all of them. With one rank nothing is lost.
 
+A correction gives that MLP a guess of what it does not see, without communication (METHODS 3.2). It touches the local
+MLP input alone, never the residual stream, where the true sum arrives in any case:
+
+    u_i = X + r (g_i P_i + b + m_i)              g_i a gain per channel, m_i a constant
+    u_i = X + r (A_i M_i + b + m_i)              M_i an O of its own, for the MLP input only
+
 The sync is handed in as a function, so the same lines run under torch.distributed, in a serving engine, and N times
 in one process (simulate.py). Everything here is a pure function of its arguments, works on any leading dimensions and
 carries gradients. How the attention output A_i comes about (rotation, masks, cache) is the caller's matter: it is the
@@ -85,6 +91,9 @@ class LocalBlock:
     o_bias: Float[Tensor, "hidden"] | None = None  # b, whole on every rank
     down_bias: Float[Tensor, "hidden"] | None = None  # c, whole on every rank
     residual_multiplier: float = 1.0  # r
+    mlp_o: Float[Tensor, "hidden local_heads"] | None = None  # M_i; these three correct an SPD block's MLP input
+    mlp_gain: Float[Tensor, "hidden"] | None = None  # g_i
+    mlp_constant: Float[Tensor, "hidden"] | None = None  # m_i
 
 
 def attention_share(heads: Float[Tensor, "*batch local_heads"], local: LocalBlock) -> Float[Tensor, "*batch hidden"]:
@@ -120,8 +129,20 @@ def spd_share(
 ) -> Float[Tensor, "*batch hidden"]:
     """P_i + Z_i: what this rank puts into the only sync of an SPD block."""
     partial = attention_share(heads, local)
-    u = add_residual(x, partial, local.residual_multiplier, local.o_bias)
-    return partial + mlp_share(u, local)
+    return partial + mlp_share(mlp_input(x, heads, partial, local), local)
+
+
+def mlp_input(
+    x: Float[Tensor, "*batch hidden"],
+    heads: Float[Tensor, "*batch local_heads"],
+    partial: Float[Tensor, "*batch hidden"],
+    local: LocalBlock,
+) -> Float[Tensor, "*batch hidden"]:
+    """u_i: what this rank's MLP sees without the sync, from X, A_i and P_i; corrected where `local` says so."""
+    seen = partial if local.mlp_o is None else F.linear(heads, local.mlp_o)
+    if local.mlp_gain is not None:
+        seen = seen * local.mlp_gain
+    return add_residual(x, seen, local.residual_multiplier, local.o_bias, local.mlp_constant)
 
 
 def spd_output(

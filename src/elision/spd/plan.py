@@ -20,6 +20,7 @@ from elision import files
 from elision.errors import InputError
 
 VERSION = 1
+CORRECTIONS = ("constant", "gain", "local_o")  # kinds of correction of the local MLP input, each wider than the last
 
 
 @dataclass(frozen=True)
@@ -74,30 +75,46 @@ class Calibration:
 class SyncPlan:
     """Blocks `dropped` run with one sync instead of two on `ranks` tensor-parallel devices.
 
+    A dropped block may be treated. `corrections` says which tensors beside its weights correct its local MLP input,
+    block number to one of CORRECTIONS; `healed` blocks have weights that were distilled for this plan. Treatments
+    belong to a checkpoint: what `correct`, `heal` and `load` return carries both the plan and its tensors.
+
     Made by hand, a plan carries no `model` and fits every model that has its blocks and allows its ranks.
 
     Raises:
-        InputError: ranks below 1; a dropped block that is negative, given twice or not in `model`; a `calibration`
-            of another depth than `model`.
+        InputError: ranks below 1; a block that is negative, given twice or not in `model`; a treated block that is
+            not dropped; an unknown correction; a `calibration` of another depth than `model`.
     """
 
     ranks: int
     dropped: tuple[int, ...] = ()
+    corrections: Mapping[int, str] = field(default_factory=dict, hash=False)
+    healed: tuple[int, ...] = ()
     model: ModelFacts | None = None
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         _integer(self.ranks, "ranks", minimum=1)
-        dropped = tuple(sorted(_indices(self.dropped, "dropped")))
-        object.__setattr__(self, "dropped", dropped)
-        for block in dropped:
-            if dropped.count(block) > 1:
-                raise InputError(f"dropped block {block} is given twice in {list(dropped)}: name it once")
+        for name in ("dropped", "healed"):
+            blocks = tuple(sorted(_indices(getattr(self, name), name)))
+            object.__setattr__(self, name, blocks)
+            for block in blocks:
+                if blocks.count(block) > 1:
+                    raise InputError(f"{name} block {block} is given twice in {list(blocks)}: name it once")
+        object.__setattr__(self, "corrections", _kinds(self.corrections))
+        for name in ("corrections", "healed"):
+            if stray := sorted(set(getattr(self, name)) - set(self.dropped)):
+                raise InputError(f"{name} block {stray[0]} keeps its sync: name it in dropped, or do not treat it")
         if self.model is not None:
             self._check_blocks(self.model)
             if self.calibration is not None and len(self.calibration.order) != self.model.layers:
                 measured = len(self.calibration.order)
                 raise InputError(f"calibration is of {measured} blocks, layers is {self.model.layers}: calibrate again")
+
+    @property
+    def original_weights(self) -> bool:
+        """Whether the plan's checkpoint is the original model's, so that it may be loaded without the plan."""
+        return not self.corrections and not self.healed
 
     def check(self, model: ModelFacts) -> None:
         """Raise InputError, naming what differs, where this plan is not for a model with these facts."""
@@ -117,8 +134,12 @@ class SyncPlan:
             raise InputError(f"dropped block {self.dropped[-1]} does not exist: name blocks from 0 to {last}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON values; what is None is left out."""
+        """The plan as JSON values; what is None or empty is left out."""
         data: dict[str, Any] = {"version": VERSION, "ranks": self.ranks, "dropped": list(self.dropped)}
+        if self.corrections:
+            data["corrections"] = {str(block): kind for block, kind in self.corrections.items()}
+        if self.healed:
+            data["healed"] = list(self.healed)
         for name in ("model", "calibration"):
             part = getattr(self, name)
             if part is not None:
@@ -138,6 +159,8 @@ class SyncPlan:
             found = data.get("version")
             raise InputError(f"{where} has version {found!r}, this elision reads {VERSION}: calibrate again or upgrade")
         values = {name: value for name, value in data.items() if name != "version"}
+        if isinstance(kinds := values.get("corrections"), Mapping):  # JSON's keys are strings
+            values["corrections"] = {int(k) if str(k).isdecimal() else k: kind for k, kind in kinds.items()}
         for name, part in (("model", ModelFacts), ("calibration", Calibration)):
             if name in values:
                 values[name] = _build(part, values[name], f"{where}, {name}")
@@ -185,6 +208,20 @@ def _indices(value: Any, name: str) -> tuple[int, ...]:
     for index in value:
         _integer(index, f"{name} block", minimum=0)
     return tuple(value)
+
+
+def _kinds(value: Any) -> dict[int, str]:
+    """Corrections in ascending order of their blocks."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"corrections {value!r} is not a mapping: give block numbers with one of {_names()}")
+    for kind in value.values():
+        if kind not in CORRECTIONS:
+            raise InputError(f"correction {kind!r} is not known: use one of {_names()}")
+    return {block: value[block] for block in sorted(_indices(tuple(value), "corrections"))}
+
+
+def _names() -> str:
+    return ", ".join(CORRECTIONS)
 
 
 def _numbers(value: Any, name: str) -> tuple[float, ...]:

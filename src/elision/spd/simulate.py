@@ -15,7 +15,7 @@ The price of simplicity: N ranks take N times the norm and a loop of N small mat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, reduce
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from elision.blocks import Block, Decoder, check_ranks, decoder, refusal
 from elision.errors import InputError
 from elision.spd.block import LocalBlock, shard, span, spd_output, spd_share
+from elision.spd.corrections import Correction, correction_of
 from elision.spd.plan import ModelFacts, SyncPlan
 
 
@@ -37,24 +38,29 @@ def simulate(model: nn.Module, plan: SyncPlan) -> Simulation:
 
     Raises:
         InputError: SPD's maths does not cover the model, the plan does not fit it, a dropped block is simulated
-            already, or its weights cannot be split here (quantised, offloaded, or with an unmerged adapter).
+            already, its weights cannot be split here (quantised, offloaded, or with an unmerged adapter), or the
+            model lacks a correction that the plan names.
     """
     view = covered(model, plan.ranks)
     plan.check(facts(view))
     blocks = [view.blocks[index] for index in plan.dropped]
     for block in blocks:
         check_plain(block)
-    return Simulation(blocks, plan.ranks)
+    corrections = {
+        index: correction_of(view.blocks[index], plan.ranks, kind) for index, kind in plan.corrections.items()
+    }
+    return Simulation(blocks, plan.ranks, corrections)
 
 
 class Simulation:
     """Handle of a running simulation, also a context manager; removing it restores the model bit for bit."""
 
-    def __init__(self, blocks: list[Block], ranks: int) -> None:
+    def __init__(self, blocks: list[Block], ranks: int, corrections: Mapping[int, Correction] | None = None) -> None:
         """Give every one of `blocks` its SPD forward; `check_plain` must have passed them. Users call `simulate`."""
         self._replaced: list[nn.Module] = []
         for block in blocks:
-            self._replace(block.layer, partial(spd_layer, block, ranks))
+            correction = (corrections or {}).get(block.index)
+            self._replace(block.layer, partial(spd_layer, block, ranks, correction))
             self._replace(block.o.base, _identity)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
@@ -115,7 +121,7 @@ def check_plain(block: Block) -> None:
             raise InputError(f"{where} is offloaded: load the model without a device_map")
 
 
-def local_block(block: Block, rank: int, ranks: int) -> LocalBlock:
+def local_block(block: Block, rank: int, ranks: int, correction: Correction | None = None) -> LocalBlock:
     """The part of `block` that `rank` of `ranks` holds: views of the model's own parameters, nothing copied."""
     own = shard(rank, ranks, block.heads, block.kv_heads, block.intermediate_size)
     channels = span(own.channels)
@@ -124,8 +130,10 @@ def local_block(block: Block, rank: int, ranks: int) -> LocalBlock:
     def rows(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[channels]
 
+    own_heads = span(own.heads, block.head_dim)
+    corrected = {} if correction is None else correction.local(rank, own_heads)
     return LocalBlock(
-        o=block.o.weight[:, span(own.heads, block.head_dim)],
+        o=block.o.weight[:, own_heads],
         up=block.up.weight[channels],
         down=block.down.weight[:, channels],
         norm=block.mlp_norm,
@@ -136,10 +144,11 @@ def local_block(block: Block, rank: int, ranks: int) -> LocalBlock:
         o_bias=block.o.bias,
         down_bias=block.down.bias,
         residual_multiplier=block.residual_multiplier,
+        **corrected,
     )
 
 
-def spd_layer(block: Block, ranks: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+def spd_layer(block: Block, ranks: int, correction: Correction | None, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """The decoder layer's forward with its first sync dropped: (batch, sequence, hidden) to the same.
 
     The attention module's output projection must hand its input through. `kwargs` are what the model gives the layer
@@ -147,7 +156,7 @@ def spd_layer(block: Block, ranks: int, hidden_states: Tensor, **kwargs: Any) ->
     """
     assert block.attention_norm is not None
     heads = block.attention(hidden_states=block.attention_norm(hidden_states), **kwargs)[0]
-    local = [local_block(block, rank, ranks) for rank in range(ranks)]
+    local = [local_block(block, rank, ranks, correction) for rank in range(ranks)]
     own_heads = heads.tensor_split(ranks, dim=-1)
     total = reduce(torch.add, (spd_share(hidden_states, *own) for own in zip(own_heads, local, strict=True)))
     return spd_output(hidden_states, total, local[0])

@@ -1,0 +1,204 @@
+"""A checkpoint that carries its plan, and cannot be run without it unnoticed.
+
+`save` writes what `save_pretrained` writes, the corrections as further tensors in the safetensors, and a config.json
+that says three more things:
+
+    spd_plan        the plan, as SyncPlan.to_dict() gives it
+    architectures   SPD<Original>ForCausalLM: a serving engine that does not know our runtime refuses the name
+    model_type      the family's own where the weights are those of the original (a zero-shot plan), so that plain
+                    from_pretrained gives the original model; spd_<family> where blocks were healed or corrected,
+                    because their weights are wrong without the plan: plain from_pretrained refuses that name
+
+`read` gives model and plan back bit for bit, `load` applies the plan too. A directory is written under a temporary
+name and then renamed: there is a whole checkpoint at the path or, after a kill, whatever was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from elision import files
+from elision.errors import InputError
+from elision.families import TREATED, load_config
+from elision.spd.card import card
+from elision.spd.corrections import NAME, attach, correction_of, fill
+from elision.spd.plan import SyncPlan
+from elision.spd.simulate import Simulation, covered, facts, simulate
+
+PREFIX = "SPD"  # of the architecture's name
+
+
+class Treated(NamedTuple):
+    """A model and the plan that its weights and corrections were made for."""
+
+    model: PreTrainedModel
+    plan: SyncPlan
+
+    def simulate(self) -> Simulation:
+        """Make the model compute what the plan's ranks would; the handle undoes it."""
+        return simulate(self.model, self.plan)
+
+    def save_pretrained(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+        """Write a checkpoint directory that carries the plan; `save` with its defaults."""
+        return save(self.model, self.plan, path, tokenizer)
+
+
+def save(
+    model: nn.Module,
+    plan: SyncPlan,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    command: str | None = None,
+    results: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `model` with its plan as a checkpoint directory, whole or not at all.
+
+    Args:
+        model: the model that `plan` is for, with the corrections that the plan names. It is left as it is, and may be
+            under simulation.
+        plan: goes into config.json, and into the model card in words.
+        path: directory to write. One that is there is replaced if `save` wrote it.
+        tokenizer: written beside the model, so that the directory is complete.
+        command: what the user typed to make it, for the card.
+        results: further lines of the card's table, such as the recovery that was measured.
+
+    Raises:
+        InputError: the plan is not for the model, or `path` holds something that `save` did not write.
+    """
+    view = covered(model, plan.ranks)
+    plan.check(facts(view))
+    for index, kind in plan.corrections.items():
+        correction_of(view.blocks[index], plan.ranks, kind)
+    path = Path(path)
+    _check_replaceable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+    try:
+        _write(view.model, plan, temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        files.write_text(temporary / "README.md", card(plan, type(view.model).__name__, command, results or {}))
+        _move(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise InputError unless nothing is lost by writing a checkpoint at `path`."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    config = path / "config.json"
+    if not config.is_file() or "spd_plan" not in files.read_json(config, "model config"):
+        raise InputError(f"{path} exists and is not a checkpoint with a plan: give a new directory")
+
+
+def _write(model: PreTrainedModel, plan: SyncPlan, directory: Path) -> None:
+    """Weights first, the config that makes them loadable last."""
+    before = {name: getattr(model.config, name, None) for name in ("architectures", "dtype")}
+    planned = set(plan.corrections)
+    state = {name: tensor for name, tensor in model.state_dict().items() if _corrected(name) in {None, *planned}}
+    try:
+        model.save_pretrained(directory, state_dict=state)
+    finally:
+        for name, value in before.items():
+            setattr(model.config, name, value)
+    config = directory / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    config.unlink()
+    values["architectures"] = [f"{PREFIX}{type(model).__name__}"]
+    values["model_type"] = values["model_type"] if plan.original_weights else TREATED + values["model_type"]
+    values["spd_plan"] = plan.to_dict()
+    files.write_json(config, dict(sorted(values.items())))
+
+
+def _corrected(name: str) -> int | None:
+    """The block that a tensor of this name corrects; None where it is no correction."""
+    parts = name.split(".")
+    return int(parts[parts.index(NAME) - 1]) if NAME in parts else None
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Put a finished directory in its place; a directory cannot be replaced in one step, so the old one goes first."""
+    old = path.parent / f".{path.name}.replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_plan(path: str | Path) -> SyncPlan:
+    """The plan in a checkpoint's config.json.
+
+    Raises:
+        InputError: there is no checkpoint, or its config carries no plan.
+    """
+    place = Path(path) / "config.json"
+    values = files.read_json(place, "model config")
+    if not isinstance(values, dict) or "spd_plan" not in values:
+        raise InputError(f"{place} carries no spd_plan: give a directory that elision.spd.save wrote")
+    return SyncPlan.from_dict(values["spd_plan"], f"spd_plan in {place}")
+
+
+def read(path: str | Path, *, dtype: torch.dtype | None = None) -> Treated:
+    """Model and plan of a checkpoint directory, the plan not applied.
+
+    Args:
+        path: what `save` wrote.
+        dtype: of the weights; the saved one by default, which gives them back bit for bit.
+
+    Raises:
+        InputError: no checkpoint with a plan is there, or its parts do not fit each other.
+    """
+    plan = read_plan(path)
+    config = load_config(path)
+    name = next(iter(config.architectures or ()), "")
+    kind: Any = getattr(transformers, name.removeprefix(PREFIX), None)
+    if not name.startswith(PREFIX) or not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+        raise InputError(f"{path}: architecture {name!r} is not one of ours: give a directory that save wrote")
+    config.architectures = [kind.__name__]
+    # A subclass for the time of loading, because only a class can say which tensors of a checkpoint are not its own.
+    loader: Any = type(kind.__name__, (kind,), {"_keys_to_ignore_on_load_unexpected": [rf"\.{NAME}\."]})
+    model = loader.from_pretrained(str(path), config=config, dtype="auto" if dtype is None else dtype)
+    model.__class__ = kind
+    view = covered(model, plan.ranks)
+    plan.check(facts(view))
+    tensors = _correction_tensors(Path(path))
+    for index, wanted in plan.corrections.items():
+        fill(attach(view.blocks[index], wanted, plan.ranks), tensors.get(index, {}), f"{path}: block {index}'s {NAME}")
+    return Treated(model, plan)
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a checkpoint directory, computing what the plan's ranks would.
+
+    Arguments and errors are those of `read`, whose result can apply the plan for a while and take it back.
+    """
+    treated = read(path, dtype=dtype)
+    treated.simulate()
+    return treated.model
+
+
+def _correction_tensors(directory: Path) -> dict[int, dict[str, Tensor]]:
+    """Every correction in the checkpoint's safetensors: block to parameter name to tensor."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, it is no mapping
+                if (block := _corrected(name)) is not None:
+                    found.setdefault(block, {})[name.rpartition(".")[2]] = tensors.get_tensor(name)
+    return found

@@ -1,0 +1,242 @@
+"""A checkpoint with a plan: exact, whole or absent, and refused by what would run it wrongly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from elision import InputError, spd
+from elision.blocks import decoder, describe, load_config
+from elision.spd import Calibration, SyncPlan, artifact, corrections
+from elision.spd.simulate import facts
+from tests.spd.tiny import bits, tiny, token_ids
+
+ZERO_SHOT = SyncPlan(ranks=3, dropped=(0, 2))
+KINDS = {0: "constant", 1: "gain", 2: "local_o"}
+CORRECTED = SyncPlan(ranks=3, dropped=(0, 1, 2), corrections=KINDS)
+
+
+def corrected(family: str, **overrides):
+    """A model with random corrections of every kind, as CORRECTED says."""
+    model = tiny(family, **overrides)
+    for block in decoder(model).blocks:
+        correction = corrections.attach(block, KINDS[block.index], 3)
+        with torch.no_grad():
+            for parameter in correction.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(token_ids()).logits
+
+
+def everything(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "granite"])
+@pytest.mark.parametrize("plan", [ZERO_SHOT, CORRECTED], ids=["zero-shot", "corrected"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_round_trip_is_exact(family, plan, dtype, tmp_path):
+    model = (corrected if plan is CORRECTED else tiny)(family, dtype=dtype)
+    dense = logits(model)
+    with spd.simulate(model, plan):
+        simulated = logits(model)
+        spd.save(model, plan, tmp_path / "out")  # under simulation as well as not
+    before = bits(model), [set(vars(module)) for module in model.modules()], model.config.to_dict()
+    spd.save(model, plan, tmp_path / "again")
+    assert (bits(model), [set(vars(module)) for module in model.modules()], model.config.to_dict()) == before
+    assert everything(tmp_path / "again") == everything(tmp_path / "out")
+
+    treated = spd.read(tmp_path / "out")
+    assert treated.plan == plan and treated.plan.corrections == plan.corrections
+    assert type(treated.model) is type(model) and bits(treated.model) == bits(model)
+    assert torch.equal(logits(treated.model), dense)
+    with treated.simulate():
+        assert torch.equal(logits(treated.model), simulated)
+    assert torch.equal(logits(spd.load(tmp_path / "out")), simulated)
+    treated.save_pretrained(tmp_path / "second")
+    assert everything(tmp_path / "second") == everything(tmp_path / "out")
+
+
+def test_the_config_says_what_it_takes_to_run_it(tmp_path):
+    model = tiny("llama")
+    spd.save(model, ZERO_SHOT, tmp_path / "zero-shot")
+    config = json.loads((tmp_path / "zero-shot" / "config.json").read_text())
+    assert config["architectures"] == ["SPDLlamaForCausalLM"] and config["model_type"] == "llama"
+    assert config["spd_plan"] == {"version": 1, "ranks": 3, "dropped": [0, 2]}
+    assert not {"quantization_config", "tp_plan"} & set(config)
+    assert AutoConfig.from_pretrained(tmp_path / "zero-shot").spd_plan == config["spd_plan"]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "zero-shot")  # these are the original weights
+    assert type(plain) is LlamaForCausalLM and torch.equal(logits(plain), logits(model))
+
+
+@pytest.mark.parametrize("plan", [CORRECTED, SyncPlan(3, (0, 2), healed=(2,))], ids=["corrected", "healed"])
+def test_treated_weights_do_not_load_without_their_plan(plan, tmp_path):
+    spd.save(corrected("llama"), plan, tmp_path / "out")
+    with pytest.raises(ValueError, match="model type `spd_llama`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    config = load_config(tmp_path / "out")
+    assert config.model_type == "llama" and SyncPlan.from_dict(config.spd_plan) == plan
+    assert describe(config).layers == 3
+
+
+def test_corrections_are_ordinary_tensors_and_those_of_no_plan_stay_out(tmp_path):
+    names = {
+        f"model.layers.{block}.spd_correction.{name}"
+        for block, tensors in {0: ["constant"], 1: ["constant", "gain"], 2: ["constant", "local_o"]}.items()
+        for name in tensors
+    }
+    model = corrected("llama")
+    assert {name for name in model.state_dict() if "spd_correction" in name} == names
+    spd.save(model, SyncPlan(3, (0, 1), corrections={1: "gain"}), tmp_path / "out")
+    with artifact.safe_open(tmp_path / "out" / "model.safetensors", "pt") as tensors:
+        saved = {name for name in tensors.keys() if "spd_correction" in name}  # noqa: SIM118
+    assert saved == {name for name in names if ".1." in name}
+
+
+def test_shards_and_tokenizer_and_generation_settings_come_back(tmp_path, monkeypatch):
+    model = corrected("llama")
+    model.generation_config.max_new_tokens = 7
+    save_pretrained = type(model).save_pretrained
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: save_pretrained(*a, **k, max_shard_size="20KB"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")))
+    spd.save(model, CORRECTED, tmp_path / "out", tokenizer)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    again = spd.read(tmp_path / "out").model
+    assert bits(again) == bits(model) and again.generation_config.max_new_tokens == 7
+    assert spd.read(tmp_path / "out", dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == {"a": 0, "b": 1}
+
+
+def test_the_card_has_plan_data_command_and_results(tmp_path):
+    model = tiny("llama")
+    measured = Calibration("0123456789abcdef", (0.1, 0.2, 0.3), (0, 2, 1), (9.0, 9.1, 9.25, 12.0), {"elision": "0.1.0"})
+    plan = SyncPlan(3, (0, 2), {2: "constant"}, (0,), facts(decoder(model)), measured)
+    corrections.attach(decoder(model).blocks[2], "constant", 3)
+    spd.save(model, plan, tmp_path / "out", command="elision spd heal model", results={"Recovery": "87%"})
+    text = (tmp_path / "out" / "README.md").read_text()
+    for line in (
+        "| Tensor-parallel ranks | 3 |",
+        "| Blocks without the sync after attention | 0, 2 |",
+        "| … with healed weights | 0 |",
+        "| … with a correction of the local MLP input (constant) | 2 |",
+        "| Calibration data (fingerprint) | `0123456789abcdef` |",
+        "| Perplexity on it, dropped as they are | 9.25 |",
+        "| Recovery | 87% |",
+        "    elision spd heal model",
+    ):
+        assert f"\n{line}\n" in text
+    assert "refuses the checkpoint" in text and "dropped as they are | " in text
+    assert spd.read_plan(tmp_path / "out") == plan
+
+
+class TestWholeOrAbsent:
+    def test_a_failure_while_writing_leaves_what_was_there(self, tmp_path, monkeypatch):
+        model, out = tiny("llama"), tmp_path / "out"
+        for there in (None, SyncPlan(3, (1,))):
+            if there is not None:
+                spd.save(model, there, out)
+            before = everything(tmp_path)
+            for name in ("card", "_move"):
+                with monkeypatch.context() as patch:
+                    patch.setattr(artifact, name, lambda *_: 1 / 0)
+                    with pytest.raises(ZeroDivisionError):
+                        spd.save(model, ZERO_SHOT, out)
+                assert everything(tmp_path) == before
+        spd.save(model, ZERO_SHOT, out)
+        assert spd.read_plan(out) == ZERO_SHOT
+
+    def test_killed_at_any_moment_it_leaves_no_half_and_a_rerun_is_whole(self, tmp_path):
+        root = Path(__file__).parents[2]
+        paths = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.spd.save_often", str(tmp_path / "out")]
+        process = subprocess.Popen(command, env=environment)
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "out").exists():
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.01)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGKILL)
+            process.wait(60)
+        finally:
+            process.kill()
+        if (tmp_path / "out").exists():  # absent between two renames
+            assert bits(spd.read(tmp_path / "out").model) == bits(tiny("llama"))
+        spd.save(tiny("llama"), ZERO_SHOT, tmp_path / "out")
+        assert bits(spd.read(tmp_path / "out").model) == bits(tiny("llama"))
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_it_replaces_its_own_and_nothing_else(self, tmp_path):
+        model = tiny("llama")
+        spd.save(model, ZERO_SHOT, tmp_path / "out")
+        spd.save(model, SyncPlan(3, (1,)), tmp_path / "out")
+        assert spd.read_plan(tmp_path / "out").dropped == (1,)
+        model.save_pretrained(tmp_path / "original")
+        (tmp_path / "file").write_text("mine")
+        (tmp_path / "empty").mkdir()
+        spd.save(model, ZERO_SHOT, tmp_path / "empty")
+        for name in ("original", "file", "."):
+            before = everything(tmp_path)
+            with pytest.raises(InputError, match="exists and is not a checkpoint with a plan: give a new directory"):
+                spd.save(model, ZERO_SHOT, tmp_path / name)
+            assert everything(tmp_path) == before
+
+
+class TestRefusals:
+    def test_a_model_without_the_corrections_that_the_plan_names(self, tmp_path):
+        model = tiny("llama")
+        for act in (lambda: spd.save(model, CORRECTED, tmp_path / "out"), lambda: spd.simulate(model, CORRECTED)):
+            with pytest.raises(InputError, match=r"corrects block 0 \(constant\), this model has no correction there"):
+                act()
+        model = corrected("llama")
+        for plan in (SyncPlan(3, (0,), {0: "gain"}), SyncPlan(6, (0,), {0: "constant"})):
+            with pytest.raises(InputError, match="correction there is constant for 3: give the model and the plan"):
+                spd.simulate(model, plan)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_plan_for_another_model(self, tmp_path):
+        plan = SyncPlan(3, (1,), model=facts(decoder(tiny("opt"))))
+        with pytest.raises(InputError, match="type opt, this model has type llama"):
+            spd.save(tiny("llama"), plan, tmp_path / "out")
+
+    def test_directories_that_are_no_checkpoint_with_a_plan(self, tmp_path):
+        tiny("llama").save_pretrained(tmp_path / "plain")
+        with pytest.raises(InputError, match=r"config.json carries no spd_plan: give a directory"):
+            spd.load(tmp_path / "plain")
+        with pytest.raises(InputError, match=r"model config .*config.json is not a file"):
+            spd.load(tmp_path / "none")
+
+    @pytest.mark.parametrize(
+        ("match", "change"),
+        [
+            ("spd_plan in .*config.json: ranks 0 is not", {"spd_plan": {"version": 1, "ranks": 0, "dropped": []}}),
+            ("architecture 'LlamaForCausalLM' is not one of ours", {"architectures": ["LlamaForCausalLM"]}),
+            ("architecture 'SPDLlamaTokenizer' is not", {"architectures": ["SPDLlamaTokenizer"]}),
+            (
+                "block 1's spd_correction.constant is missing, the plan needs",
+                {"spd_plan": {"version": 1, "ranks": 3, "dropped": [1], "corrections": {"1": "constant"}}},
+            ),
+        ],
+    )
+    def test_a_config_that_was_tampered_with(self, match, change, tmp_path):
+        spd.save(tiny("llama"), ZERO_SHOT, tmp_path / "out")
+        config = tmp_path / "out" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+        with pytest.raises(InputError, match=match) as caught:
+            spd.load(tmp_path / "out")
+        assert "\n" not in str(caught.value)
