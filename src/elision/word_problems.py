@@ -58,7 +58,7 @@ class _Writer:
     def __init__(self, rng: random.Random, split: Split) -> None:
         self.rng = rng
         self.split = split
-        self.people = rng.sample(NAMES, 10)
+        self.people = rng.sample(NAMES, 12)
         self.things = rng.sample(THINGS, 6)
 
     def phrase(self, *phrasings: str, held_out: int = 1, **slots: object) -> str:
@@ -78,19 +78,21 @@ class _Writer:
         return self.phrase(
             "{who} has {number} {thing}.",
             "{who} owns {number} {thing}.",
-            "There are {number} {thing} in {who}'s bag.",
             "{who} keeps {number} {thing} in a drawer.",
+            "In {who}'s bag there are {number} {thing}.",
             "On the table of {who} there are {number} {thing}.",
-            "In {who}'s drawer there are {number} {thing}.",
+            "In the drawer of {who} there are {number} {thing}.",
             who=who,
             number=number,
             thing=thing,
         )
 
-    def distractors(self, people: list[str], things: list[str], number: int) -> list[str]:
-        """Possessions of other people, or other possessions of the same ones."""
-        pairs = [(who, thing) for who in people for thing in things]
-        return [self.possession(who, self.rng.randint(2, 60), thing) for who, thing in self.rng.sample(pairs, number)]
+    def distractors(self, people: list[str], number: int) -> list[str]:
+        """What other people have: one possession for each of `number` of them."""
+        return [
+            self.possession(who, self.rng.randint(2, 40), self.rng.choice(self.things))
+            for who in self.rng.sample(people, number)
+        ]
 
     def place(self, facts: list[str], among: list[str]) -> tuple[str, ...]:
         """Facts in their own order at random places among the distractors, of which training drops some.
@@ -107,10 +109,10 @@ class _Writer:
 
 
 def _lookup(w: _Writer) -> Problem:
-    (n,) = w.numbers((2, 60))
+    (n,) = w.numbers((2, 40))
     a, thing = w.people[0], w.things[0]
     facts = [w.possession(a, n, thing)]
-    noise = w.distractors(w.people[:1], w.things[1:], 2) + w.distractors(w.people[1:], w.things, 9)
+    noise = w.distractors(w.people[1:], 10)
     question = w.phrase(
         "How many {t} does {a} have?",
         "What is the number of {t} that {a} has?",
@@ -119,12 +121,11 @@ def _lookup(w: _Writer) -> Problem:
         a=a,
         t=thing,
     )
-    w.rng.shuffle(noise)
     return Problem("lookup", w.place(facts, noise), question, f"{a} has {n} {thing}. #### {n}", str(n))
 
 
 def _gain(w: _Writer) -> Problem:
-    n, k = w.numbers((2, 60), (2, 30))
+    n, k = w.numbers((2, 40), (2, 20))
     a, thing = w.people[0], w.things[0]
     event = w.phrase(
         "Then {a} finds {k} more {t}.",
@@ -135,8 +136,7 @@ def _gain(w: _Writer) -> Problem:
         k=k,
         t=thing,
     )
-    noise = w.distractors(w.people[:1], w.things[1:], 2) + w.distractors(w.people[1:], w.things, 8)
-    w.rng.shuffle(noise)
+    noise = w.distractors(w.people[1:], 9)
     question = w.phrase(
         "How many {t} does {a} have now?",
         "After that, how many {t} does {a} have?",
@@ -150,7 +150,7 @@ def _gain(w: _Writer) -> Problem:
 
 
 def _loss(w: _Writer) -> Problem:
-    n, k = w.numbers((4, 60), (2, 30), where=lambda n, k: n > k)
+    n, k = w.numbers((4, 40), (2, 20), where=lambda n, k: n > k)
     a, thing = w.people[0], w.things[0]
     event = w.phrase(
         "Then {a} loses {k} {t}.",
@@ -161,8 +161,7 @@ def _loss(w: _Writer) -> Problem:
         k=k,
         t=thing,
     )
-    noise = w.distractors(w.people[:1], w.things[1:], 2) + w.distractors(w.people[1:], w.things, 8)
-    w.rng.shuffle(noise)
+    noise = w.distractors(w.people[1:], 9)
     question = w.phrase(
         "How many {t} does {a} have now?",
         "After that, how many {t} does {a} have?",
@@ -176,11 +175,10 @@ def _loss(w: _Writer) -> Problem:
 
 
 def _sum(w: _Writer) -> Problem:
-    n, m = w.numbers((2, 50), (2, 49))
+    n, m = w.numbers((2, 40), (2, 20))
     a, b, thing = w.people[0], w.people[1], w.things[0]
-    noise = w.distractors(w.people[:2], w.things[1:], 3) + w.distractors(w.people[2:], w.things, 7)
+    noise = w.distractors(w.people[2:], 9)
     facts = [w.possession(a, n, thing), w.possession(b, m, thing)]
-    w.rng.shuffle(noise)
     w.rng.shuffle(facts)
     question = w.phrase(
         "How many {t} do {a} and {b} have together?",
@@ -196,11 +194,10 @@ def _sum(w: _Writer) -> Problem:
 
 
 def _difference(w: _Writer) -> Problem:
-    n, m = w.numbers((4, 60), (2, 59), where=lambda n, m: n > m)
+    n, m = w.numbers((4, 40), (2, 20), where=lambda n, m: n > m)
     a, b, thing = w.people[0], w.people[1], w.things[0]
-    noise = w.distractors(w.people[:2], w.things[1:], 3) + w.distractors(w.people[2:], w.things, 7)
+    noise = w.distractors(w.people[2:], 9)
     facts = [w.possession(a, n, thing), w.possession(b, m, thing)]
-    w.rng.shuffle(noise)
     w.rng.shuffle(facts)
     question = w.phrase(
         "How many more {t} does {a} have than {b}?",
@@ -216,7 +213,7 @@ def _difference(w: _Writer) -> Problem:
 
 
 def _relation(w: _Writer) -> Problem:
-    n, k = w.numbers((6, 60), (2, 30), where=lambda n, k: n > k)
+    n, k = w.numbers((6, 40), (2, 20), where=lambda n, k: n > k)
     a, b, thing = w.people[0], w.people[1], w.things[0]
     more = w.rng.random() < 0.5
     total = n + k if more else n - k
@@ -231,8 +228,7 @@ def _relation(w: _Writer) -> Problem:
         t=thing,
         more="more" if more else "fewer",
     )
-    noise = w.distractors(w.people[:2], w.things[1:], 3) + w.distractors(w.people[2:], w.things, 7)
-    w.rng.shuffle(noise)
+    noise = w.distractors(w.people[2:], 9)
     facts = [w.possession(a, n, thing), relation]
     w.rng.shuffle(facts)
     question = w.phrase(
@@ -261,7 +257,7 @@ def _price(w: _Writer) -> Problem:
             p=n,
         )
         for t, n in prices
-    ] + w.distractors(w.people[1:], w.things, 5)
+    ] + w.distractors(w.people[1:], 5)
     cost, noise = noise[0], noise[1:]
     w.rng.shuffle(noise)
     order = w.phrase(
@@ -287,7 +283,7 @@ def _price(w: _Writer) -> Problem:
 
 
 def _ages(w: _Writer) -> Problem:
-    n, k, m = w.numbers((22, 60), (2, 15), (2, 15))
+    n, k, m = w.numbers((14, 40), (2, 10), (2, 10))
     a, b = w.people[:2]
     older = w.rng.random() < 0.5
     now = n + k if older else n - k
@@ -301,7 +297,7 @@ def _ages(w: _Writer) -> Problem:
         k=k,
         older="older" if older else "younger",
     )
-    ages = [(a, n)] + [(who, w.rng.randint(10, 75)) for who in w.people[2:]]
+    ages = [(a, n)] + [(who, w.rng.randint(12, 40)) for who in w.people[2:10]]
     said = [
         w.phrase(
             "{who} is {n} years old.",
@@ -313,7 +309,7 @@ def _ages(w: _Writer) -> Problem:
         )
         for who, number in ages
     ]
-    noise = said[1:] + w.distractors(w.people, w.things, 3)
+    noise = said[1:] + w.distractors(w.people[10:], 2)
     w.rng.shuffle(noise)
     facts = [said[0], relation]
     w.rng.shuffle(facts)
@@ -330,18 +326,16 @@ def _ages(w: _Writer) -> Problem:
 
 
 def _trips(w: _Writer) -> Problem:
-    n, m = w.numbers((5, 45), (5, 44))
+    n, m = w.numbers((5, 40), (4, 20))
     a, b, c = w.people[:3]
-    stops = w.people[:8]
     legs = [(a, b, n), (b, c, m)]
-    others = [(x, y) for x in stops for y in stops if x != y and (x, y) not in ((a, b), (b, c), (a, c))]
-    legs += [(x, y, w.rng.randint(5, 45)) for x, y in w.rng.sample(others, 9)]
+    legs += [(x, w.rng.choice([y for y in w.people if y != x]), w.rng.randint(4, 40)) for x in w.people[2:11]]
     said = [
         w.phrase(
             "The walk from {x}'s house to {y}'s house takes {n} minutes.",
             "From {x} to {y} it is {n} minutes.",
-            "You need {n} minutes from {x} to {y}.",
-            "It takes {n} minutes from {x} to {y}.",
+            "On foot {x} to {y} takes {n} minutes.",
+            "From {x} to {y} the walk takes {n} minutes.",
             x=x,
             y=y,
             n=number,

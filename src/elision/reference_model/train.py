@@ -32,15 +32,15 @@ from elision.word_problems import FAMILIES, problem, problems
 
 RECIPE: dict[str, Any] = {
     "seed": 0,
-    "steps": 1500,
+    "steps": 1000,
     "micro_batches": {"problems": 8, "library": 4},  # per step, over all processes
-    "problem_rows": [8, 192],  # rows, tokens
+    "problem_rows": [8, 176],  # rows, tokens
     "library_rows": [4, 384],
     "learning_rate": 2e-3,
     "betas": [0.9, 0.95],
     "weight_decay": 0.1,
-    "warmup_steps": 100,
-    "decay_steps": 350,
+    "warmup_steps": 60,
+    "decay_steps": 250,
     "clip": 1.0,
     "vocabulary": 2048,
     # of the library that the published weights were trained on: CPython 3.11.7
