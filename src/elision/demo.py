@@ -1,0 +1,378 @@
+"""Both methods on the embedded model, start to finish: `elision demo`.
+
+    (a) fine-tune on a family of word problems that the model has never seen: LoRA, SparseLoRA, and SparseLoRA's two
+        controls, "random channels" and "no context FFN", with the same seeds and data
+    (b) calibrate SPD for 2, 4 and 8 ranks on the standard library's text, and score each plan on files held out of it
+    (c) merge the SparseLoRA adapter into the model and calibrate that
+    (d) write report.html
+
+Every stage leaves its numbers in `stages/`, and training its checkpoints, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+import elision
+from elision import files
+from elision.errors import InputError
+from elision.progress import progress
+
+FAMILY = "ages"
+TASK = (
+    "Each problem states the ages of many people and one relation between two of them, and asks how old one of them "
+    "will be in some years. The model was never trained on this family; the test's phrasings and numbers are new too."
+)
+TRAIN_PROBLEMS = 1200
+TEST_PROBLEMS = 300
+BATCH = 16
+LEARNING_RATE = 1e-3
+CHECKPOINTS = 4  # per fine-tuning run
+RANKS = (2, 4, 8)
+MAX_LOSS = 0.01
+TEXT_ROWS, TEXT_TOKENS = 24, 384  # of calibration and of scoring, each
+VARIANTS = {"LoRA": None, "SparseLoRA": "svd", "random channels": "random", "no context FFN": "no-ffn"}
+
+console = Console(highlight=False)
+
+
+def run(out: Path, seed: int = 0, threads: int | None = None) -> Path:
+    """Run or resume the demo in `out`; returns the path of its report.
+
+    Raises:
+        InputError: `out` holds the results of other settings.
+    """
+    import torch
+    import transformers
+
+    from elision import report
+    from elision.reference_model import PATH
+
+    if not (PATH / "model.safetensors").is_file():
+        raise InputError(f"{PATH} holds no model.safetensors: install elision whole, or train it (its README says how)")
+    if threads:
+        torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    out = Path(out)
+    settings = {
+        "model": "embedded reference model",
+        "seed": seed,
+        "elision": elision.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    _check_settings(out / "settings.json", settings)
+    started = time.time()
+    finetune = _finetune_all(out, seed)
+    spd = [
+        _spd(out, "embedded model", None, seed),
+        _spd(out, "fine-tuned and merged", out / "adapters" / "sparselora", seed),
+    ]
+    settings |= {
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"elision demo --out {out} --seed {seed}",
+        "seconds": round(time.time() - started),
+    }
+    results = {"title": "elision demo", "settings": settings, "finetune": finetune, "spd": spd}
+    files.write_json(out / "results.json", results)
+    page = report.write(out)
+    for table in report.summary_tables(results):
+        console.print(table)
+    console.print(f"\nThe whole story, with plots: [bold]{page.resolve()}[/bold]")
+    return page
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    if path.exists() and files.read_json(path, "settings") != settings:
+        raise InputError(f"{path} belongs to a run with other settings: give another --out, or remove {path.parent}")
+    if not path.exists():
+        files.write_json(path, settings)
+
+
+def _stage(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of `work`, from disk where it was done before."""
+    path = out / "stages" / f"{name}.json"
+    if path.exists():
+        console.print(f"[dim]{name}: done before[/dim]")
+        return files.read_json(path, "stage")
+    result = work()
+    files.write_json(path, result)
+    return result
+
+
+def _finetune_all(out: Path, seed: int) -> dict[str, Any]:
+    from elision import data, evaluate
+
+    console.rule(f"Fine-tuning on {FAMILY!r}: LoRA, SparseLoRA and its controls")
+    test = data.problems((FAMILY,), "test", TEST_PROBLEMS, seed)
+    others = [*test[1:], test[0]]
+    swapped = [problem.with_facts_of(other) for problem, other in zip(test, others, strict=True)]
+    base = _stage(out, "base", lambda: _score(None, test, swapped))
+    variants = []
+    for name in VARIANTS:
+        slug = name.replace(" ", "-").lower()
+        trained = _stage(out, f"train-{slug}", lambda name=name, slug=slug: _finetune(out, name, slug, seed))
+        scored = _stage(out, f"score-{slug}", lambda slug=slug: _score(out / "adapters" / slug, test, swapped))
+        variants.append({"name": name, **trained, **scored})
+        console.print(f"{name}: {100 * scored['accuracy']:.1f}% of {len(test)} held-out problems")
+    for variant in variants:
+        variant["flops_ratio"] = variant["flops"] / variants[0]["flops"]
+    correct = {variant["name"]: variant["correct"] for variant in variants}
+    pairs = [("SparseLoRA", other) for other in VARIANTS if other != "SparseLoRA"]
+    return {
+        "family": FAMILY,
+        "task": TASK,
+        "train_problems": TRAIN_PROBLEMS,
+        "test_problems": TEST_PROBLEMS,
+        "majority_rate": data.majority_rate(test),
+        "base_accuracy": base["accuracy"],
+        "variants": variants,
+        "paired": [
+            {"a": a, "b": b, "difference": found.value, "low": found.low, "high": found.high}
+            for a, b in pairs
+            for found in [evaluate.paired_difference(correct[a], correct[b])]
+        ],
+        "plan": next(variant["plan"] for variant in variants if variant["name"] == "SparseLoRA"),
+        "example": {
+            "prompt": test[0].prompt,
+            "expected": test[0].solution,
+            "answers": {"before": base["first"], **{v["name"]: v["first"] for v in variants}},
+        },
+    }
+
+
+def _finetune(out: Path, name: str, slug: str, seed: int) -> dict[str, Any]:
+    """Train one variant with transformers' Trainer, saving an ordinary PEFT adapter; returns losses, cost and time."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from elision import data, evaluate, reference_model, sparselora
+
+    console.print(f"\n[bold]{name}[/bold]")
+    tokenizer: Any
+    torch.manual_seed(seed)
+    base, tokenizer = reference_model.load()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(base, LoraConfig(r=32, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM"))
+    rows = data.encode(tokenizer, data.problems((FAMILY,), "train", TRAIN_PROBLEMS, seed))
+    steps = TRAIN_PROBLEMS // BATCH
+    work = out / "training" / slug
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=BATCH,
+        max_steps=steps,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 25),
+        weight_decay=0.0,
+        logging_steps=5,
+        save_steps=steps // CHECKPOINTS,
+        save_total_limit=1,
+        report_to=[],
+        seed=seed,
+        use_cpu=True,
+        disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=False,
+    )
+    plan = _plan(model, VARIANTS[name], seed)
+    journal = _Journal(model, plan, out / "training" / f"{slug}.jsonl")
+    callbacks: list[TrainerCallback] = [journal.callback()]
+    handle = None
+    if plan is not None:
+        handle = sparselora.sparsify(model, plan)
+        callbacks.append(handle.schedule)
+        console.print(handle.summary())
+
+    def batch(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return data.collate(examples, tokenizer.pad_token_id)
+
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=batch,
+        callbacks=callbacks,
+    )
+    try:
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    finally:
+        if handle is not None:
+            handle.remove()
+    model.save_pretrained(str(out / "adapters" / slug))
+    held_out = data.encode(tokenizer, data.problems((FAMILY,), "test", TEST_PROBLEMS, seed))
+    test = [data.collate(held_out[i : i + BATCH], tokenizer.pad_token_id) for i in range(0, len(held_out), BATCH)]
+    losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+    shutil.rmtree(work, ignore_errors=True)
+    rows_by_step = journal.read()
+    return {
+        "losses": losses,
+        "test_loss": evaluate.loss(model, test),
+        "flops": sum(row["flops"] for row in rows_by_step),
+        "seconds": statistics.median(row["seconds"] for row in rows_by_step) * steps,
+        "plan": None if plan is None else {"ffn": plan.ffn, "qk": plan.qk, "vo": plan.vo},
+    }
+
+
+def _plan(model: Any, selection: Any, seed: int) -> Any:
+    """The paper's Math10K plan for LLaMA3-8B, its layers scaled from 32 to this model's; None for plain LoRA."""
+    from elision.sparselora import ModelFacts, SparsityPlan
+
+    if selection is None:
+        return None
+    facts = ModelFacts.of(model)
+    layers = facts.layers
+
+    def share(first: int, last: int, sparsity: float) -> tuple[float, ...]:
+        chosen = range(round(first / 32 * layers), min(layers - 1, round((last + 1) / 32 * layers)))
+        return tuple(sparsity if layer in chosen else 0.0 for layer in range(layers))
+
+    attention = share(14, 29, 0.75)
+    return SparsityPlan(facts, share(3, 30, 0.99), attention, attention, selection=selection, seed=seed)
+
+
+class _Journal:
+    """Seconds and operations of every optimizer step, on disk, so that they survive an interruption."""
+
+    def __init__(self, model: Any, plan: Any, path: Path) -> None:
+        from elision.sparselora import flops
+
+        self.path = path
+        self.plan = plan
+        self.shape, self.adapters = flops.Shape.of(model), flops.adapters_of(model)
+        self.batch: dict[str, Any] = {}
+        model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.batch = kwargs
+
+    def _flops(self, done: float) -> float:
+        """Of the batch at hand as Hugging Face computes it, padding and all; sparse after the dense first steps."""
+        from elision.sparselora import flops, tokens
+
+        kinds = tokens.classify(self.batch["labels"], self.batch["attention_mask"])
+        plan = self.plan if self.plan is not None and done >= self.plan.dense_steps else None
+        return flops.step(self.shape, flops.Workload.of(kinds, padded=True), self.adapters, plan).total()
+
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        journal = self
+
+        class Journal(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                self.started = time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                seconds = time.perf_counter() - self.started
+                row = {"step": state.global_step, "seconds": seconds}
+                row["flops"] = journal._flops((state.global_step - 1) / state.max_steps)
+                journal.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(journal.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+        return Journal()
+
+    def read(self) -> list[dict[str, float]]:
+        """One row per step; of a step that was run again after an interruption, the last. Torn lines are skipped."""
+        rows = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            if line.endswith("}"):
+                row = json.loads(line)
+                rows[row["step"]] = row
+        return list(rows.values())
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The newest whole checkpoint of an interrupted run."""
+    found = sorted(work.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    return str(found[-1].parent) if found else None
+
+
+def _score(adapter: Path | None, test: list[Any], swapped: list[Any]) -> dict[str, Any]:
+    """Accuracy on the test problems, and with every problem's facts exchanged for another's."""
+    from peft import PeftModel
+
+    from elision import evaluate, reference_model
+
+    model, tokenizer = reference_model.load()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    with progress("answering", len(test) + len(swapped)) as advance:
+        given = evaluate.answers(model, tokenizer, [p.prompt for p in test], advance=advance)
+        misled = evaluate.answers(model, tokenizer, [p.prompt for p in swapped], advance=advance)
+    correct = [int(evaluate.final_answer(text) == p.answer) for text, p in zip(given, test, strict=True)]
+    interval = evaluate.accuracy(correct)
+    return {
+        "accuracy": interval.value,
+        "accuracy_low": interval.low,
+        "accuracy_high": interval.high,
+        "swapped_accuracy": statistics.fmean(
+            evaluate.final_answer(text) == p.answer for text, p in zip(misled, swapped, strict=True)
+        ),
+        "correct": correct,
+        "first": given[0],
+    }
+
+
+def _text(tokenizer: Any, split: Literal["train", "test"], seed: int) -> list[dict[str, Any]]:
+    """Rows of the running Python's standard library, files drawn by seed."""
+    from elision import data
+    from elision.reference_model.corpus import library_texts
+
+    texts = library_texts(split)
+    random.Random(seed).shuffle(texts)
+    return data.text_batches(tokenizer, texts, TEXT_TOKENS, limit=TEXT_ROWS)
+
+
+def _spd(out: Path, name: str, adapter: Path | None, seed: int) -> dict[str, Any]:
+    """Calibrate SPD for each number of ranks and score its drops on text that it was not calibrated on."""
+    from peft import PeftModel
+
+    from elision import reference_model, spd
+
+    console.rule(f"Sync-point drop: {name}")
+    model: Any
+    model, tokenizer = reference_model.load()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    calibration, held_out = _text(tokenizer, "train", seed), _text(tokenizer, "test", seed)
+    slug = name.replace(" ", "-")
+
+    def measure(ranks: int) -> dict[str, Any]:
+        plan = spd.calibrate(
+            model, calibration, ranks, max_loss=MAX_LOSS, state=out / "stages" / f"spd-{slug}-{ranks}.state.json"
+        )
+        plan.save(out / "plans" / f"{slug}-{ranks}-ranks.json")
+        found = plan.calibration
+        assert found is not None and found.perplexities is not None
+        scored = spd.curve(model, held_out, ranks, found.order, state=out / "stages" / f"spd-{slug}-{ranks}.curve.json")
+        return {
+            "ranks": ranks,
+            "sensitivities": [100 * value / found.perplexities[0] for value in found.sensitivities],
+            "order": list(found.order),
+            "perplexities": list(scored),
+            "chosen": len(plan.dropped),
+            "max_loss": MAX_LOSS,
+        }
+
+    ranks = [_stage(out, f"spd-{slug}-{n}", lambda n=n: measure(n)) for n in RANKS]
+    return {
+        "model": name,
+        "text": "the Python standard library, files held out of training and calibration",
+        "tokens": TEXT_ROWS * TEXT_TOKENS,
+        "dense_perplexity": ranks[0]["perplexities"][0],
+        "ranks": ranks,
+    }
