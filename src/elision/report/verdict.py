@@ -1,0 +1,223 @@
+"""Numbers in words: every sentence of the page that claims something is computed here.
+
+A sentence states its numbers and no more than they allow. Two variants differ only where the 95% interval of their
+paired difference leaves out 0; where it does not, the sentence says that this task at this scale cannot tell them
+apart, which is not the same as saying that they are equal. A control that cannot be told from the method means that the
+run does not show what the method's choice is worth, and that is said as plainly as a gain would be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from elision.report.results import LORA, NO_FFN, RANDOM, SPARSE, FineTune, Pair, Results, SyncPointDrop
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as "71.5%"."""
+    return f"{number(100 * share, digits)}%"
+
+
+def number(value: float, digits: int = 1) -> str:
+    """A number with a true minus sign, and no minus before what rounds to zero."""
+    if not math.isfinite(value):
+        return "not finite"
+    text = f"{abs(value):,.{digits}f}"
+    return f"{MINUS}{text}" if value < 0 and text.strip("0.,") else text
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A difference with its sign; what rounds to zero has none."""
+    text = number(value, digits)
+    return f"+{text}" if value > 0 and text.strip("0.,") and math.isfinite(value) else text
+
+
+def change(share: float) -> str:
+    """A relative change as "+0.75%", with the digits that small ones need and large ones do not."""
+    if not math.isfinite(share):
+        return "not finite"
+    return f"{signed(100 * share, 2 if abs(share) < 0.0995 else 1)}%"
+
+
+def limit(share: float) -> str:
+    """A budget as "1%" or "0.5%"."""
+    return f"{100 * share:g}%"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "48 s", "3 min 20 s" or "1 h 5 min"."""
+    whole = math.floor(seconds + 0.5)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def operations(flops: float) -> str:
+    """A count of floating-point operations as "3.2 TFLOP"."""
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if flops >= size:
+            return f"{flops / size:.3g} {unit}FLOP" if flops / size < 999.5 else f"{flops / size:.0f} {unit}FLOP"
+    return f"{flops:.0f} FLOP"
+
+
+def listed(parts: Sequence[object]) -> str:
+    """The parts as one enumeration: "a, b and c"."""
+    *front, last = map(str, parts)
+    return f"{', '.join(front)} and {last}" if front else last
+
+
+def spans(blocks: Sequence[int]) -> str:
+    """Block numbers, runs of three and more drawn together: "1-7, 9, 10"."""
+    texts: list[str] = []
+    ascending = sorted(blocks)
+    start = 0
+    for end in range(1, len(ascending) + 1):
+        if end == len(ascending) or ascending[end] != ascending[end - 1] + 1:
+            run = ascending[start:end]
+            texts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(block) for block in run]
+            start = end
+    return ", ".join(texts) or "none"
+
+
+def interval(low: float, high: float) -> str:
+    """The 95% interval of a difference between shares, in points."""
+    return f"95% interval {signed(100 * low)} to {signed(100 * high)} points"
+
+
+def points(difference: float) -> str:
+    """A difference between shares as "3.1 points"; the direction is for the sentence to say."""
+    return f"{number(abs(100 * difference))} points"
+
+
+def headline(results: Results) -> str:
+    """The verdict on the whole run in one sentence with numbers."""
+    clauses = [clause for clause in (_trained(results.finetune), _dropped(results.spd)) if clause]
+    if not clauses:
+        return "This run has measured nothing that could be judged yet."
+    return capital("; ".join(clauses)) + "."
+
+
+def _trained(is_: FineTune | None) -> str | None:
+    if is_ is None or (sparse := is_.variant(SPARSE)) is None or (lora := is_.variant(LORA)) is None:
+        return None
+    clause = (
+        f"with {percent(sparse.flops_ratio, 0)} of LoRA's FLOPs, SparseLoRA answers {percent(sparse.accuracy)} of "
+        f"{is_.test_problems:,} held-out problems and LoRA {percent(lora.accuracy)}"
+    )
+    pair = is_.pair(SPARSE, LORA)
+    if pair is None:
+        return clause
+    outcome = "a real difference" if pair.tells_apart else "which this test cannot tell apart"
+    return f"{clause}, {outcome} ({interval(pair.low, pair.high)})"
+
+
+def _dropped(models: Sequence[SyncPointDrop]) -> str | None:
+    if not models:
+        return None
+    model = models[0]
+    counts = listed([each.chosen for each in model.ranks])
+    ranks = listed([each.ranks for each in model.ranks])
+    worst = max(each.increases[each.chosen] for each in model.ranks)
+    at_most = " at most" if len(model.ranks) > 1 else ""
+    return (
+        f"on {ranks} ranks, Sync-Point Drop leaves out {counts} of the {model.model}'s {model.ranks[0].layers} syncs "
+        f"after attention for {change(worst)} perplexity{at_most}"
+    )
+
+
+def learned(is_: FineTune) -> list[str]:
+    """What fine-tuning shows, sentence by sentence: the task's worth, the method, its controls, its cost."""
+    sentences: list[str] = []
+    lora, sparse = is_.variant(LORA), is_.variant(SPARSE)
+    if lora is not None:
+        before = (
+            ""
+            if is_.base_accuracy is None
+            else f" and the model itself, before fine-tuning, {percent(is_.base_accuracy)}"
+        )
+        majority = f"always giving the most frequent answer gets {percent(is_.majority_rate)}{before}"
+        found = f"LoRA answers {percent(lora.accuracy)} of the held-out problems, where {majority}"
+        if lora.accuracy_low > is_.majority_rate:
+            sentences.append(f"{found}: the task was learned, so quality can be lost.")
+        else:
+            sentences.append(f"{found}: the task was not clearly learned, so this run cannot show a loss of quality.")
+        if lora.swapped_accuracy is not None:
+            swapped = f"with another problem's facts in the context LoRA answers {percent(lora.swapped_accuracy)}"
+            if lora.swapped_accuracy < lora.accuracy_low:
+                sentences.append(f"The answers depend on the context: {swapped}.")
+            else:
+                sentences.append(f"The answers do not depend on the context: {swapped}.")
+    for other, worth in (
+        (LORA, None),
+        (RANDOM, "choosing channels by their estimated norm"),
+        (NO_FFN, "computing any feed-forward channel for context tokens"),
+    ):
+        if (pair := is_.pair(SPARSE, other)) is not None:
+            sentences.append(_compared(pair, worth))
+    if lora is not None and sparse is not None and lora.seconds > 0:
+        cost, time = sparse.flops_ratio, sparse.seconds / lora.seconds
+        sentence = f"SparseLoRA needs {percent(cost, 0)} of LoRA's FLOPs and {percent(time, 0)} of its time"
+        if time >= 1 > cost:
+            sentence += ": here it saves arithmetic, not time"
+        sentences.append(f"{sentence}.")
+    return sentences
+
+
+def _compared(pair: Pair, worth: str | None) -> str:
+    """The outcome of one paired test; `worth` is what the comparison with a control puts to the test."""
+    against = f"{pair.a} against {pair.b}"
+    bounds = interval(pair.low, pair.high)
+    if not pair.tells_apart:
+        shown = "" if worth is None else f", so it does not show that {worth} matters"
+        return (
+            f"{against}: this task at this scale cannot tell them apart "
+            f"({signed(100 * pair.difference)} points, {bounds}){shown}."
+        )
+    more = pair.difference > 0
+    shown = ""
+    if worth is not None:
+        shown = f": {worth} matters here" if more else f": {worth} does harm here"
+    return f"{against}: {points(pair.difference)} {'more' if more else 'fewer'} ({bounds}){shown}."
+
+
+def reading(pair: Pair) -> str:
+    """One paired test in a few words, for a table."""
+    if not pair.tells_apart:
+        return "cannot be told apart"
+    return f"{pair.a if pair.difference > 0 else pair.b} is better"
+
+
+def dropped(models: Sequence[SyncPointDrop]) -> list[str]:
+    """What dropping syncs shows: one sentence a model, then how every later model compares with the first."""
+    sentences = []
+    for model in models:
+        some = [f"{each.chosen} ({change(each.increases[each.chosen])})" for each in model.ranks]
+        every = [change(each.increases[-1]) for each in model.ranks]
+        ranks = listed([each.ranks for each in model.ranks])
+        sentences.append(
+            f"{capital(model.model)}, on {ranks} ranks: {listed(some)} of {model.ranks[0].layers} syncs after "
+            f"attention go within the budget; leaving out all of them costs {listed(every)} perplexity."
+        )
+    for model in models[1:]:
+        first = {each.ranks: each.chosen for each in models[0].ranks}
+        shared = [each for each in model.ranks if each.ranks in first]
+        same = [each.ranks for each in shared if each.chosen == first[each.ranks]]
+        counts = [f"as many on {listed(same)} ranks"] if same else []
+        counts += [
+            f"{each.chosen} instead of {first[each.ranks]} on {each.ranks} ranks"
+            for each in shared
+            if each.ranks not in same
+        ]
+        if counts:
+            sentences.append(f"{capital(model.model)}, against the {models[0].model}: {listed(counts)} can go.")
+    return sentences
+
+
+def capital(text: str) -> str:
+    """`text` with a capital first letter, the rest as it is."""
+    return text[:1].upper() + text[1:]
