@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing.spawn as mp
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from elision import files
@@ -241,7 +241,7 @@ def main(
     if processes == 1:
         train(0, 1, str(out), stop_after, compiled)
     else:
-        mp.spawn(train, (processes, str(out), stop_after, compiled), nprocs=processes)
+        spawn(train, (processes, str(out), stop_after, compiled), nprocs=processes)
 
 
 if __name__ == "__main__":
