@@ -11,6 +11,7 @@ projection of the part read the same choice.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -53,23 +54,28 @@ class BlockChoices:
         `x` (batch, sequence, inputs) is the input of the projection; the first of its part to ask has its channels
         chosen by it. q, k and v share one input, gate and up another, and o and down come later.
         """
-        assert self.batch is not None
-        key = (self.block.index, name)
-        if key not in self.batch.kept:
-            part = PART_OF[name]
-            assert name not in ("o", "down"), "v chooses for o, up for down"
-            chosen = self._choose(part, x, self.batch)
-            self.batch.kept.update({(self.block.index, role): chosen[role] for role in PROJECTIONS[part]})
-        return self.batch.kept[key]
+        batch = self.batch
+        assert batch is not None
+        return self.kept_in(batch, name, lambda: x[batch.rows_for(x)])
 
     @torch.no_grad()
+    def kept_in(self, batch: SparseBatch, name: str, rows: Callable[[], Tensor]) -> Tensor:
+        """Like `kept`, in `batch`; `rows` is called for the sparse rows (T, inputs) where a choice is to be made."""
+        key = (self.block.index, name)
+        if key not in batch.kept:
+            part = PART_OF[name]
+            assert name not in ("o", "down"), "v chooses for o, up for down"
+            chosen = self._choose(part, rows(), batch)
+            batch.kept.update({(self.block.index, role): chosen[role] for role in PROJECTIONS[part]})
+        return batch.kept[key]
+
     def _choose(self, part: Part, x: Tensor, batch: SparseBatch) -> dict[str, Tensor]:
-        """Kept channels of every projection of `part`."""
+        """Kept channels of every projection of `part`; `x` (T, inputs) are the sparse rows."""
         block, plan = self.block, self.plan
         if part == "ffn" and plan.selection == "no-ffn":
             return dict.fromkeys(PROJECTIONS[part], torch.empty(0, dtype=torch.long, device=x.device))
         with torch.autocast(x.device.type, enabled=False):
-            scores = self._scores(part, x[batch.rows_for(x)], batch.number)
+            scores = self._scores(part, x, batch.number)
         paired = part == "qk" and plan.rotary_pairs
         count = select.keep_count(len(scores), getattr(plan, part)[block.index], even=paired)
         kept = select.top_pairs(scores, count, block.head_dim) if paired else select.top(scores, count)

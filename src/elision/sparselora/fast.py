@@ -1,0 +1,316 @@
+"""The fast step: the loss of a whole decoder over rows (rows.py), equal to the masked-dense reference.
+
+The stack's forward is written out once more, for families that share Llama's block (`COVERED`): embeddings of the
+rows that count, per block norm + QKV, attention, O + residual, norm + MLP + residual (linear.py, mlp.py), then final
+norm, head and loss at the rows that bear it (head.py). All parts that carry a model's own ideas are the model's own
+modules and functions: embeddings, rotary angles, q/k norms, attention function, final norm, activation.
+
+What it does not cover it names (`obstacle`), and the caller takes the reference instead: modules of a kind, hooks on
+modules that it would step over, trained parameters that it computes no gradient for, arguments that change the output.
+Nothing is remembered between steps but the weights' layout, so what changes meanwhile is seen by the next forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from elision.blocks import Block, Decoder, Projection
+from elision.sparselora import tokens
+from elision.sparselora.attend import attend, rotate, window_mask
+from elision.sparselora.choices import BlockChoices, SparseBatch
+from elision.sparselora.head import head_loss
+from elision.sparselora.layout import BlockWeights, Layout, stacked_bias
+from elision.sparselora.linear import Adapters, Choose, Norm, linear_residual, norm_linear
+from elision.sparselora.mlp import GatedMLP, mlp_residual
+from elision.sparselora.reference import MaskedLinear
+from elision.sparselora.rows import Elisions, Rows
+
+COVERED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
+
+_READ = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"}
+_HARMLESS: dict[str, tuple] = {"use_cache": (False,), "return_dict": (True,), "logits_to_keep": (0,)}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Fast:
+    """The fast step of one model. `own` are the ids of hooks that are this library's."""
+
+    def __init__(self, view: Decoder, choices: list[BlockChoices], elisions: Elisions, own: set[int]) -> None:
+        self.view = view
+        self.choices = choices
+        self.elisions = elisions.effective()
+        self.own = own
+        self.layout = Layout(view.blocks)
+
+    def remove(self) -> None:
+        """Put the weights back."""
+        self.layout.remove()
+
+    def obstacle(self) -> str | None:
+        """Why this model, as it is now, takes the reference; None: it does not."""
+        view, config = self.view, self.view.config
+        if config.model_type not in COVERED:
+            return f"{view.family.name} blocks"
+        if not type(view.model).__module__.startswith("transformers."):
+            return f"{type(view.model).__name__} is not transformers' own"
+        if config._attn_implementation != "sdpa":
+            return f"attention implementation {config._attn_implementation}"
+        if view.model.loss_function is not ForCausalLMLoss:
+            return "a loss function of its own"
+        if any(getattr(config, name, 0.0) for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")):
+            return "dropout in the model"
+        dtype, device = view.blocks[0].q.base.weight.dtype, view.blocks[0].q.base.weight.device
+        if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != dtype:
+            return f"autocast from {_name(dtype)} to {_name(torch.get_autocast_dtype(device.type))}"
+        for block in view.blocks:
+            if reason := self._layer_obstacle(block, dtype, device):
+                return f"{reason} in layer {block.index}"
+        return None
+
+    def _layer_obstacle(self, block: Block, dtype: torch.dtype, device: torch.device) -> str | None:
+        layer: Any = block.layer
+        if getattr(layer, "gradient_checkpointing", False):
+            return "gradient checkpointing"
+        adapters: set[int] = set()
+        for name, projection in block.projections.items():
+            if reason := _projection_obstacle(projection, adapters):
+                return f"{reason} at {name}"
+            weight = projection.base.weight
+            if weight.dtype != dtype or weight.device != device:
+                return f"{name} of another dtype or device than q of layer 0"
+        for name, module in layer.named_modules():
+            if "forward" in vars(module):
+                return f"a replaced forward of {name or 'the layer'}"
+            if any(set(getattr(module, kind)) - self.own for kind in _HOOKS):
+                return f"a hook on {name or 'the layer'}"
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad and id(parameter) not in adapters:
+                    return f"trained parameters of {name}"
+        return None
+
+    def call_obstacle(self, call: dict[str, Any]) -> str | None:
+        """Why this call takes the reference; None: it does not."""
+        if torch.compiler.is_compiling():
+            return "torch.compile"
+        for name, value in call.items():
+            if name not in _READ and value is not None and not any(value is v for v in _HARMLESS.get(name, (False,))):
+                return f"{name} in the call"
+        labels, mask = call["labels"].cpu(), call.get("attention_mask")
+        target = labels[:, 1:] != tokens.IGNORED
+        if mask is not None:
+            real = mask.cpu() != 0
+            if bool((target & ~(real[:, 1:] & real[:, :-1])).any()):
+                return "a target at or after a masked position"
+        positions = call.get("position_ids")
+        if positions is not None:
+            segment = tokens.segments(labels, mask, positions.cpu())
+            if bool((target & (segment[:, 1:] != segment[:, :-1])).any()):
+                return "a target at the start of a packed sequence"
+        return None
+
+    def forward(self, call: dict[str, Any], rows: Rows, batch: SparseBatch | None) -> CausalLMOutputWithPast:
+        """Loss of `rows` of the call; `batch` has the channels chosen so far, None: all dense."""
+        view = self.view
+        self.layout.refresh()
+        weight = view.blocks[0].q.base.weight
+        rows = rows.to(weight.device)
+        with torch.autocast(weight.device.type, enabled=False):
+            h = self._embed(call, rows).to(weight.dtype)
+            cos, sin = self._angles(call, rows, h)
+            for block, weights in zip(view.blocks, self.layout.weights, strict=True):
+                assert weights is not None
+                last = self.elisions.last_block and block.index == len(view.blocks) - 1
+                h = self._block(block, weights, h, rows, rows.bearing if last else rows.total, (cos, sin), batch)
+            return self._output(call, rows, h)
+
+    def _embed(self, call: dict[str, Any], rows: Rows) -> Tensor:
+        view = self.view
+        if call.get("inputs_embeds") is not None:
+            h = call["inputs_embeds"].flatten(0, 1).index_select(0, rows.order)
+        else:
+            h = view.embeddings(call["input_ids"].flatten().index_select(0, rows.order)[None])[0]
+            if self.elisions.inputs and not any(p.requires_grad for p in view.embeddings.parameters()):
+                h = h.detach()  # enable_input_require_grads asks for a gradient that nothing reads
+        return h * getattr(view.config, "embedding_multiplier", 1.0)
+
+    def _angles(self, call: dict[str, Any], rows: Rows, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (T, rotary_dim) of each row, by the model's own module on the positions of the batch."""
+        sequence = call["labels"].shape[1]
+        positions = call.get("position_ids")
+        if positions is None:
+            positions = torch.arange(sequence, device=h.device)[None]
+        stack: Any = self.view.model.get_decoder()
+        place = rows.order if len(positions) > 1 else rows.order % sequence
+        cos, sin = (angle.flatten(0, 1).index_select(0, place) for angle in stack.rotary_emb(h, position_ids=positions))
+        return cos.to(h.dtype), sin.to(h.dtype)
+
+    def _block(
+        self,
+        block: Block,
+        weights: BlockWeights,
+        h: Tensor,
+        rows: Rows,
+        asked: int,
+        angles: tuple[Tensor, Tensor],
+        batch: SparseBatch | None,
+    ) -> Tensor:
+        """Output of the last `asked` rows of a block; the others give keys and values only."""
+        choices, width, dimension = self.choices[block.index], block.heads * block.head_dim, block.head_dim
+        sparse = rows.sparse
+        still = max(0, sparse - (rows.total - asked))  # sparse rows among those asked
+        norm = _norm(block.attention_norm)
+        bias = stacked_bias([block.q, block.k, block.v])
+        mine = h if asked == rows.total else h[rows.total - asked :]
+
+        def project(x: Tensor, names: tuple[str, ...], low: int, high: int, count: int) -> Tensor:
+            part = slice(low, high)
+            adapters = _adapters([block.q, block.k, block.v], h.dtype, low, high)
+            chosen = _choose(choices, batch, names)
+            own = None if bias is None else bias[part]
+            return norm_linear(x, norm, weights.qkv[part], own, adapters, count, chosen)
+
+        if asked == rows.total:
+            y = project(h, ("q", "k", "v"), 0, len(weights.qkv), sparse)
+            query, key_value = y[:, :width], y[:, width:]
+        else:
+            key_value = project(h, ("k", "v"), width, len(weights.qkv), sparse)
+            query = project(mine, ("q",), 0, width, still)
+        q = query.view(asked, block.heads, dimension)
+        k, v = key_value.view(rows.total, 2 * block.kv_heads, dimension).chunk(2, dim=1)
+        q = q if block.q_norm is None else block.q_norm(q)
+        k = k if block.k_norm is None else block.k_norm(k)
+        cos, sin = angles
+        q = rotate(q, cos[rows.total - asked :], sin[rows.total - asked :])
+        z = attend(block.attention, q, rotate(k, cos, sin), v, rows, window_mask(rows, block.sliding_window))
+        kept = batch.kept.get((block.index, "o")) if batch is not None else None
+        out = linear_residual(
+            mine, z.flatten(1), weights.o, block.o.bias, _adapters([block.o], h.dtype),
+            block.residual_multiplier, still, kept,
+        )  # fmt: skip
+        assert block.gate is not None
+        mlp = GatedMLP(
+            _norm(block.mlp_norm),
+            weights.gate_up,
+            stacked_bias([block.gate, block.up]),
+            weights.down,
+            block.down.bias,
+            block.activation,
+            block.residual_multiplier,
+        )
+        gate_up, down = _adapters([block.gate, block.up], h.dtype), _adapters([block.down], h.dtype)
+        return mlp_residual(out, mlp, gate_up, down, still, _choose(choices, batch, ("up",)))
+
+    def _output(self, call: dict[str, Any], rows: Rows, h: Tensor) -> CausalLMOutputWithPast:
+        view, labels, items = self.view, call["labels"], call.get("num_items_in_batch")
+        if not self.elisions.logits:
+            found = view.logits(h)
+            logits = found.new_zeros(labels.numel(), found.shape[-1]).index_copy(0, rows.order, found)
+            logits = logits.view(*labels.shape, -1)
+            loss = view.model.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=items
+            )
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
+        h, head = h[len(h) - rows.bearing :], view.lm_head
+        if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()) and not _hooked(head):
+            assert view.final_norm is not None
+            x = view.final_norm(h)
+            total = head_loss(x, head.weight.detach(), head.bias, rows.targets, view.logits_scaling)
+            count = rows.bearing if items is None else items.to(h.device) if isinstance(items, Tensor) else items
+            return CausalLMOutputWithPast(loss=total / count)
+        logits = view.logits(h)
+        loss = view.model.loss_function(
+            logits=logits,
+            labels=None,
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=items,
+            shift_labels=rows.targets,
+        )
+        return CausalLMOutputWithPast(loss=loss)
+
+
+def _choose(choices: BlockChoices, batch: SparseBatch | None, names: tuple[str, ...]) -> Choose | None:
+    """What tells a map its kept channels, the outputs of the stacked projections `names`; None: it is dense."""
+    plan, block, index = choices.plan, choices.block, choices.block.index
+    if batch is None or all(plan.sparsity(index, name) == 0 for name in names):
+        return None
+    group = batch
+
+    def choose(x: Tensor) -> Tensor:
+        kept, start = [], 0
+        for name in names:
+            size = block.projections[name].out_features
+            sparse = plan.sparsity(index, name) > 0
+            own = choices.kept_in(group, name, lambda: x) if sparse else torch.arange(size, device=x.device)
+            kept.append(own + start)
+            start += size
+        return kept[0] if len(kept) == 1 else torch.cat(kept)
+
+    return choose
+
+
+def _adapters(projections: list[Projection], dtype: torch.dtype, low: int = 0, high: int | None = None) -> Adapters:
+    """Active adapters of stacked projections, cast once, for the outputs [low, high) of the stack."""
+    found, start, rank = Adapters(), 0, 0
+    factors: list[Tensor] = []
+    modules: Any = dict.fromkeys(projection.module for projection in projections)
+    for module in modules:
+        stop = start + module.out_features
+        first, last = max(start, low), min(stop, stop if high is None else high)
+        if isinstance(module, LoraLinear) and first < last and (names := _active(module)):
+            factor: Any = module.lora_A[names[0]].weight
+            other: Any = module.lora_B[names[0]].weight
+            other = other[first - start : last - start] * module.scaling[names[0]]
+            factors.append(factor)
+            found.b.append(other.to(dtype))
+            found.ranks.append(slice(rank, rank + len(factor)))
+            found.outputs.append(slice(first - low, last - low))
+            rank += len(factor)
+        start = stop
+    if factors:
+        found.a = (factors[0] if len(factors) == 1 else torch.cat(factors)).to(dtype)
+    return found
+
+
+def _projection_obstacle(projection: Projection, adapters: set[int]) -> str | None:
+    """Why this projection cannot be computed; None: it can, and its trained factors are added to `adapters`."""
+    module: Any = projection.module
+    if isinstance(module, LoraLinear):
+        names = _active(module)
+        if len(names) > 1:
+            return f"adapters {', '.join(names)} at once"
+        for name in names:
+            if name in module.lora_variant:
+                return f"an adapter of kind {type(module.lora_variant[name]).__name__}"
+            if getattr(module.lora_dropout[name], "p", 0.0):
+                return "LoRA dropout"
+            if module.lora_bias.get(name):
+                return "a bias in an adapter"
+            adapters.update({id(module.lora_A[name].weight), id(module.lora_B[name].weight)})
+        if module.fan_in_fan_out:
+            return "a transposed base"
+        module = module.base_layer
+    if type(module) not in (nn.Linear, MaskedLinear):
+        return f"{type(module).__name__}"
+    return None
+
+
+def _active(module: LoraLinear) -> list[str]:
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def _hooked(module: nn.Module) -> bool:
+    return "forward" in vars(module) or any(getattr(module, kind) for kind in _HOOKS)
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), module.variance_epsilon)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

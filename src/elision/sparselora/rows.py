@@ -1,0 +1,138 @@
+"""The rows that a fast step computes: real tokens that the loss can see, in the order that suits the work.
+
+A batch (batch, sequence) becomes T rows, once, on the CPU, before the model runs:
+
+    [ sparse (context) | dense, not loss-bearing | loss-bearing ]
+
+so that what is pruned, what needs a query in the last block and what needs logits are runs of rows, known by Python
+integers: nothing in forward or backward asks a tensor for a count. Only attention needs the sequence order. There
+rows go to a grid of (segments, longest segment), real tokens first: attention is causal, so what stands behind the
+last real token of a segment is seen by none of them, and no mask is needed (but for sliding windows).
+
+What may be left out without changing the loss (each a switch of `Elisions`):
+
+    padding     no token attends to it
+    tail        tokens after the last loss-bearing one of their segment (attention is causal)
+    last block  what its other tokens are for are keys and values: no query, no output, no MLP
+    logits      the loss reads them at loss-bearing positions
+    inputs      no gradient is computed below the first adapter, whatever asks for one
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from elision.sparselora import tokens
+from elision.sparselora.tokens import TokenKinds
+
+
+@dataclass(frozen=True)
+class Elisions:
+    """What a step leaves out although it is exact to do it; False computes it."""
+
+    padding: bool = True
+    tail: bool = True
+    last_block: bool = True
+    logits: bool = True  # output.logits is None then
+    inputs: bool = True
+
+    @classmethod
+    def none(cls) -> Elisions:
+        return cls(False, False, False, False, False)
+
+    def effective(self) -> Elisions:
+        """Those that are possible together: all logits need every token to go through every block."""
+        return self if self.logits else replace(self, tail=False, last_block=False)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """T rows of a batch; T = len(order). All tensors hold int64."""
+
+    order: Tensor  # (T,): position of each row in the flattened batch
+    sparse: int  # rows [0, sparse) are computed sparsely
+    bearing: int  # rows [T - bearing, T) bear the loss
+    targets: Tensor  # (bearing,): the token that each of them predicts
+    segments: int
+    length: int  # of the longest segment: the grid is (segments, length)
+    grid: Tensor  # (segments * length,): row at each slot, 0 where there is none
+    slots: Tensor  # (T,): slot of each row
+    columns: Tensor  # (1 or segments, length): place in the sequence of each slot, to measure distances by
+
+    @property
+    def total(self) -> int:
+        return len(self.order)
+
+    @property
+    def full(self) -> bool:
+        """Whether every slot of the grid has a row."""
+        return self.total == self.segments * self.length
+
+    def to(self, device: torch.device) -> Rows:
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+def arrange(
+    kinds: TokenKinds,
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    sparse: Tensor | None,
+    elisions: Elisions,
+) -> Rows:
+    """The rows of a batch.
+
+    Args:
+        kinds: of the tokens, as `tokens.classify` tells them.
+        labels: of the call, on the CPU.
+        attention_mask: likewise.
+        position_ids: likewise.
+        sparse: (batch, sequence), True at the tokens computed sparsely; None: nowhere.
+        elisions: what is left out.
+    """
+    left_out = torch.zeros_like(kinds.dense)
+    if elisions.padding:
+        left_out |= kinds.padding
+    if elisions.tail:
+        left_out |= kinds.elided
+    sparse = torch.zeros_like(left_out) if sparse is None else sparse
+    position = (~left_out).flatten().nonzero().squeeze(1)
+    kind = (1 - (sparse & ~kinds.loss_bearing).long() + kinds.loss_bearing.long()).flatten()[position]
+    by_kind = torch.argsort(kind, stable=True)
+    order = position[by_kind]
+    bearing = int(kinds.loss_bearing.sum())
+
+    sequence = labels.shape[1]
+    segment = position // sequence * sequence
+    segment = segment + tokens.segments(labels, attention_mask, position_ids).flatten()[position]
+    pad = kinds.padding.flatten()[position]
+    in_sequence = torch.argsort(segment * 2 + pad.long(), stable=True)  # a segment's real tokens first
+    lengths = torch.unique_consecutive(segment[in_sequence], return_counts=True)[1]
+    longest = int(lengths.max())
+    number = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    within = torch.arange(len(position)) - (lengths.cumsum(0) - lengths)[number]
+    slot = torch.empty_like(position)
+    slot[in_sequence] = number * longest + within
+    slots = slot[by_kind]
+    grid = torch.zeros(len(lengths) * longest, dtype=torch.long).index_copy_(0, slots, torch.arange(len(slots)))
+
+    column = position[in_sequence] % sequence
+    columns = torch.arange(longest)[None]
+    if bool((column - within != (column - within)[within == 0][number]).any()):  # masked tokens in between
+        columns = torch.zeros(len(lengths) * longest, dtype=torch.long)
+        columns = columns.index_copy_(0, slot[in_sequence], column).view(-1, longest)
+    return Rows(
+        order=order,
+        sparse=int(sparse.sum()),
+        bearing=bearing,
+        targets=labels.flatten()[order[len(order) - bearing :] + 1],
+        segments=len(lengths),
+        length=longest,
+        grid=grid,
+        slots=slots,
+        columns=columns,
+    )
