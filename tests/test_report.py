@@ -85,7 +85,7 @@ def measured() -> dict[str, Any]:
         },
         "finetune": {
             "family": "ages",
-            "task": "say how old somebody is, from a page of facts about many people.",
+            "task": "Each problem tells the ages of many people and asks how old one of them will be.",
             "train_problems": 3000,
             "test_problems": 400,
             "majority_rate": 0.125,
@@ -513,6 +513,15 @@ def test_models_are_compared_by_ranks() -> None:
         "as many on 2 and 8 ranks and 7 instead of 8 on 4 ranks can go."
     )
     assert len(verdict.dropped(checked[:1])) == 1
+
+
+def test_a_budget_that_did_not_hold_is_named() -> None:
+    results = measured()["spd"][:1]
+    assert "does not hold" not in " ".join(verdict.dropped(check({"spd": results}).spd))
+    results[0]["ranks"][1]["chosen"] = 9
+    assert verdict.dropped(check({"spd": results}).spd)[1] == (
+        "Embedded model: the budget of +1% does not hold on this text (+1.50% on 4 ranks)."
+    )
 
 
 def test_points_of_like_cost_are_told_apart() -> None:

@@ -108,7 +108,7 @@ def _finetune(is_: FineTune) -> Section:
         anchor="fine-tuning",
         title="Fine-tuning with contextual sparsity",
         question="SparseLoRA trains an ordinary LoRA adapter, but computes only some channels of the frozen layers "
-        f"for context tokens. What does that cost in quality? The task: {is_.task}",
+        f"for context tokens. What does that cost in quality? {is_.task}",
         findings=verdict.learned(is_),
         tables=[table for table in shown if table is not None],
         plots=[plot for plot in drawn if plot is not None],

@@ -284,8 +284,8 @@ def dropping(model: SyncPointDrop, every: Sequence[SyncPointDrop], name: str) ->
     return Plot(
         name=name,
         title=f"Cost of dropping, {model.model}",
-        caption="Blocks go in ascending order of sensitivity, nothing is healed. Ringed: the most that the budget "
-        f"allows. The scale is linear up to {linear:g}% and logarithmic beyond.",
+        caption="Blocks go in ascending order of sensitivity, nothing is healed. Ringed: what the plan chose within "
+        f"its budget. The scale is linear up to {linear:g}% and logarithmic beyond.",
         description=" ".join(
             f"{ranks.ranks} ranks: {ranks.chosen} of {layers} dropped at {change(ranks.increases[ranks.chosen])}, all "
             f"at {change(ranks.increases[-1])}."

@@ -200,9 +200,14 @@ def dropped(models: Sequence[SyncPointDrop]) -> list[str]:
         every = [change(each.increases[-1]) for each in model.ranks]
         ranks = listed([each.ranks for each in model.ranks])
         sentences.append(
-            f"{capital(model.model)}, on {ranks} ranks: {listed(some)} of {model.ranks[0].layers} syncs after "
-            f"attention go within the budget; leaving out all of them costs {listed(every)} perplexity."
+            f"{capital(model.model)}, on {ranks} ranks: the plan leaves out {listed(some)} of {model.ranks[0].layers} "
+            f"syncs after attention; leaving out all of them costs {listed(every)} perplexity."
         )
+        over = [each for each in model.ranks if each.increases[each.chosen] > each.max_loss]
+        if over:
+            budgets = listed(sorted({f"+{limit(each.max_loss)}" for each in over}))
+            places = listed([f"{change(each.increases[each.chosen])} on {each.ranks} ranks" for each in over])
+            sentences.append(f"{capital(model.model)}: the budget of {budgets} does not hold on this text ({places}).")
     for model in models[1:]:
         first = {each.ranks: each.chosen for each in models[0].ranks}
         shared = [each for each in model.ranks if each.ranks in first]
