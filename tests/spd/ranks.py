@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from elision.blocks import Block, Decoder, decoder
 from elision.spd.block import AllReduce, Shard, plain_block, shard, span, spd_block
+from elision.spd.corrections import NAME
 from elision.spd.simulate import local_block
-from tests.spd.tiny import tiny, token_ids
+from tests.spd.tiny import corrected, token_ids
 
-Case = tuple[str, dict[str, int], tuple[int, ...]]  # family, sizes, dropped blocks
+Case = tuple[str, dict[str, int], tuple[int, ...], dict[int, str]]  # family, sizes, dropped blocks, corrections
 
 
 def own_attention(block: Block, own: Shard, h: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -54,7 +55,7 @@ def rank_hidden(view: Decoder, x: Tensor, rank: int, ranks: int, dropped: tuple[
         own = shard(rank, ranks, block.heads, block.kv_heads, block.intermediate_size)
         heads = own_attention(block, own, block.attention_norm(x), rope)
         step = spd_block if block.index in dropped else plain_block
-        x = step(x, heads, local_block(block, rank, ranks), reduce)
+        x = step(x, heads, local_block(block, rank, ranks, getattr(block.layer, NAME, None)), reduce)
     return x
 
 
@@ -104,9 +105,9 @@ def gloo_rank(rank: int, ranks: int, cases: list[Case], store: str, out: str) ->
 
     results = []
     try:
-        for family, sizes, dropped in cases:
+        for family, sizes, dropped, kinds in cases:
             syncs = 0
-            model = tiny(family, **sizes)
+            model = corrected(family, ranks, kinds, **sizes)
             view = decoder(model)
             with torch.no_grad():
                 x = model(token_ids(), output_hidden_states=True).hidden_states[0]

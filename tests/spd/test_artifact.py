@@ -19,22 +19,11 @@ from elision import InputError, spd
 from elision.blocks import decoder, describe, load_config
 from elision.spd import Calibration, SyncPlan, artifact, corrections
 from elision.spd.simulate import facts
-from tests.spd.tiny import bits, tiny, token_ids
+from tests.spd.tiny import bits, corrected, tiny, token_ids
 
 ZERO_SHOT = SyncPlan(ranks=3, dropped=(0, 2))
 KINDS = {0: "constant", 1: "gain", 2: "local_o"}
 CORRECTED = SyncPlan(ranks=3, dropped=(0, 1, 2), corrections=KINDS)
-
-
-def corrected(family: str, **overrides):
-    """A model with random corrections of every kind, as CORRECTED says."""
-    model = tiny(family, **overrides)
-    for block in decoder(model).blocks:
-        correction = corrections.attach(block, KINDS[block.index], 3)
-        with torch.no_grad():
-            for parameter in correction.parameters():
-                parameter.add_(torch.randn_like(parameter))
-    return model
 
 
 @torch.no_grad()
@@ -50,7 +39,7 @@ def everything(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("plan", [ZERO_SHOT, CORRECTED], ids=["zero-shot", "corrected"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_round_trip_is_exact(family, plan, dtype, tmp_path):
-    model = (corrected if plan is CORRECTED else tiny)(family, dtype=dtype)
+    model = corrected(family, 3, dict(plan.corrections), dtype=dtype)
     dense = logits(model)
     with spd.simulate(model, plan):
         simulated = logits(model)
@@ -85,7 +74,7 @@ def test_the_config_says_what_it_takes_to_run_it(tmp_path):
 
 @pytest.mark.parametrize("plan", [CORRECTED, SyncPlan(3, (0, 2), healed=(2,))], ids=["corrected", "healed"])
 def test_treated_weights_do_not_load_without_their_plan(plan, tmp_path):
-    spd.save(corrected("llama"), plan, tmp_path / "out")
+    spd.save(corrected("llama", 3, KINDS), plan, tmp_path / "out")
     with pytest.raises(ValueError, match="model type `spd_llama`"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     config = load_config(tmp_path / "out")
@@ -99,7 +88,7 @@ def test_corrections_are_ordinary_tensors_and_those_of_no_plan_stay_out(tmp_path
         for block, tensors in {0: ["constant"], 1: ["constant", "gain"], 2: ["constant", "local_o"]}.items()
         for name in tensors
     }
-    model = corrected("llama")
+    model = corrected("llama", 3, KINDS)
     assert {name for name in model.state_dict() if "spd_correction" in name} == names
     spd.save(model, SyncPlan(3, (0, 1), corrections={1: "gain"}), tmp_path / "out")
     with artifact.safe_open(tmp_path / "out" / "model.safetensors", "pt") as tensors:
@@ -108,7 +97,7 @@ def test_corrections_are_ordinary_tensors_and_those_of_no_plan_stay_out(tmp_path
 
 
 def test_shards_and_tokenizer_and_generation_settings_come_back(tmp_path, monkeypatch):
-    model = corrected("llama")
+    model = corrected("llama", 3, KINDS)
     model.generation_config.max_new_tokens = 7
     save_pretrained = type(model).save_pretrained
     monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: save_pretrained(*a, **k, max_shard_size="20KB"))
@@ -203,7 +192,7 @@ class TestRefusals:
         for act in (lambda: spd.save(model, CORRECTED, tmp_path / "out"), lambda: spd.simulate(model, CORRECTED)):
             with pytest.raises(InputError, match=r"corrects block 0 \(constant\), this model has no correction there"):
                 act()
-        model = corrected("llama")
+        model = corrected("llama", 3, KINDS)
         for plan in (SyncPlan(3, (0,), {0: "gain"}), SyncPlan(6, (0,), {0: "constant"})):
             with pytest.raises(InputError, match="correction there is constant for 3: give the model and the plan"):
                 spd.simulate(model, plan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -77,3 +79,45 @@ def test_a_shape_that_does_not_fit_is_caught_by_its_annotation():
     local = local_block(decoder(tiny("llama")).blocks[0], 0, 3)
     with pytest.raises(Exception, match="heads"):
         block.spd_share(torch.zeros(2, 4, 24), torch.zeros(2, 5, 8), local)
+
+
+def test_a_correction_acts_on_the_local_mlp_input_and_nowhere_else():
+    whole = decoder(tiny("granite")).blocks[0]
+    plain = [local_block(whole, rank, 3) for rank in range(3)]
+    x, constant, gain = torch.randn(2, 4, 24), torch.randn(24), torch.randn(24)
+    heads = [torch.randn(2, 4, 8) for _ in plain]
+    x, constant, gain, *heads = (tensor.double() for tensor in (x, constant, gain, *heads))
+    other_o = torch.randn(24, 8, dtype=torch.float64)
+    for local, a in zip(plain, heads, strict=True):
+        p, b, r = a @ local.o.T, local.o_bias, local.residual_multiplier
+        for change, u in (
+            ({}, x + r * (p + b)),
+            ({"mlp_constant": constant}, x + r * (p + b + constant)),
+            ({"mlp_constant": constant, "mlp_gain": gain}, x + r * (gain * p + b + constant)),
+            ({"mlp_constant": constant, "mlp_o": other_o}, x + r * (a @ other_o.T + b + constant)),
+        ):
+            own = dataclasses.replace(local, **change)
+            torch.testing.assert_close(block.mlp_input(x, a, p, own), u, rtol=0, atol=1e-12)
+            share = block.spd_share(x, a, own)  # P_i itself goes into the sum uncorrected
+            torch.testing.assert_close(share - p, block.mlp_share(u, local), rtol=0, atol=1e-12)
+
+
+def test_the_constant_that_is_missing_makes_the_block_exact():
+    """Where every other rank's share happens to be the same for all tokens, the correction is the whole of it."""
+    whole = decoder(tiny("llama")).blocks[0]
+    x, a = torch.randn(2, 4, 24).double(), [torch.randn(8).double() for _ in range(3)]
+    shares = [vector @ local_block(whole, rank, 3).o.T for rank, vector in enumerate(a)]
+    total = sum(shares)
+    outputs = []
+    for correct in (True, False):
+        parts = []
+        for rank, vector in enumerate(a):
+            local = local_block(whole, rank, 3)
+            if correct:
+                local = dataclasses.replace(local, mlp_constant=total - shares[rank])
+            parts.append(block.spd_share(x, vector.expand(2, 4, 8), local))
+        outputs.append(block.spd_output(x, sum(parts), local_block(whole, 0, 3)))
+    u = x + total + whole.o.bias
+    dense = u + whole.mlp(whole.mlp_norm(u))
+    torch.testing.assert_close(outputs[0], dense, rtol=0, atol=1e-12)
+    assert (outputs[1] - dense).abs().max() > 1e-3

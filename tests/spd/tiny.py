@@ -8,6 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from elision.blocks import decoder
+from elision.spd.corrections import attach
+
 VOCABULARY = 97
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -52,6 +55,18 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overr
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     assert isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)
     return model.to(dtype).eval()
+
+
+def corrected(family: str, ranks: int, kinds: dict[int, str], **overrides: Any) -> Any:
+    """A tiny model with a random correction of its kind in each block that `kinds` names."""
+    model = tiny(family, **overrides)
+    generator = torch.Generator().manual_seed(3)
+    for index, kind in kinds.items():
+        correction = attach(decoder(model).blocks[index], kind, ranks)
+        with torch.no_grad():
+            for parameter in correction.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model
 
 
 def token_ids(rows: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:

@@ -6,6 +6,7 @@ carries its plan; `load` brings it back, simulated, and `read` brings model and 
 """
 
 from elision.spd.artifact import Treated, load, read, read_plan, save
+from elision.spd.fit import correct, uncorrect
 from elision.spd.plan import Calibration, ModelFacts, SyncPlan
 from elision.spd.sensitivity import Sensitivity, calibrate, curve, sensitivity
 from elision.spd.simulate import Simulation, simulate
@@ -18,6 +19,7 @@ __all__ = [
     "SyncPlan",
     "Treated",
     "calibrate",
+    "correct",
     "curve",
     "load",
     "read",
@@ -25,4 +27,5 @@ __all__ = [
     "save",
     "sensitivity",
     "simulate",
+    "uncorrect",
 ]

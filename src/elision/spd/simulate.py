@@ -154,12 +154,17 @@ def spd_layer(block: Block, ranks: int, correction: Correction | None, hidden_st
     The attention module's output projection must hand its input through. `kwargs` are what the model gives the layer
     (mask, positions, cache); they go to the attention module unread.
     """
-    assert block.attention_norm is not None
-    heads = block.attention(hidden_states=block.attention_norm(hidden_states), **kwargs)[0]
+    heads = head_outputs(block, hidden_states, kwargs)
     local = [local_block(block, rank, ranks, correction) for rank in range(ranks)]
     own_heads = heads.tensor_split(ranks, dim=-1)
     total = reduce(torch.add, (spd_share(hidden_states, *own) for own in zip(own_heads, local, strict=True)))
     return spd_output(hidden_states, total, local[0])
+
+
+def head_outputs(block: Block, hidden_states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """A, all heads' attention output before O (batch, sequence, heads * head_dim), while `block` is simulated."""
+    assert block.attention_norm is not None and "forward" in vars(block.o.base)
+    return block.attention(hidden_states=block.attention_norm(hidden_states), **kwargs)[0]
 
 
 def _identity(input: Tensor) -> Tensor:

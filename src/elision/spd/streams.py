@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from elision import files
 from elision.blocks import Block, Decoder
 from elision.errors import InputError
+from elision.spd.corrections import Correction
 from elision.spd.simulate import Simulation, check_plain
 
 Batch = Mapping[str, Tensor]
@@ -72,7 +73,7 @@ def perplexities(
     journal = _read_journal(state)
     rows = journal.setdefault(_key(view, batches, ranks, choices), []) if state is not None else []
     cost = sum(_parts(choices, block.index) for block in view.blocks) + len(choices)
-    with _evaluating(view.model), _bar(title, cost * len(batches), quiet) as advance:
+    with evaluating(view.model), progress(title, cost * len(batches), quiet) as advance:
         advance(cost * len(rows))
         for batch, target in list(zip(batches, targets, strict=True))[len(rows) :]:
             rows.append(_losses(view, batch, target, ranks, choices, advance))
@@ -95,7 +96,7 @@ def _losses(
 ) -> list[float]:
     """The summed loss of one batch under every choice."""
     device = view.model.device
-    calls = _layer_calls(view, {name: batch[name].to(device) for name in INPUTS if name in batch})
+    calls = layer_calls(view, {name: batch[name].to(device) for name in INPUTS if name in batch})
     streams: list[tuple[list[int], Tensor]] = [(list(range(len(choices))), calls[0][0])]
     for block, (_, kwargs) in zip(view.blocks, calls, strict=True):
         split = []
@@ -104,7 +105,7 @@ def _losses(
             for drops in (False, True):
                 part = [member for member in members if (block.index in choices[member]) == drops]
                 if part:
-                    split.append((part, _step(block, ranks if drops else None, hidden, kwargs)))
+                    split.append((part, step(block, ranks if drops else None, hidden, kwargs)))
                     advance(1)
         streams = split
     losses = [0.0] * len(choices)
@@ -116,11 +117,14 @@ def _losses(
     return losses
 
 
-def _step(block: Block, ranks: int | None, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+def step(
+    block: Block, ranks: int | None, hidden: Tensor, kwargs: Mapping[str, Any], correction: Correction | None = None
+) -> Tensor:
     """One stream through one block: as the model has it (ranks None), or with its first sync dropped."""
     if ranks is None:
         return block.layer(hidden, **kwargs)
-    with Simulation([block], ranks):
+    corrections = {} if correction is None else {block.index: correction}
+    with Simulation([block], ranks, corrections):
         return block.layer(hidden, **kwargs)
 
 
@@ -129,7 +133,7 @@ def _parts(choices: Sequence[Choice], block: int) -> int:
     return len({tuple(index for index in choice if index <= block) for choice in choices})
 
 
-def _layer_calls(view: Decoder, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
+def layer_calls(view: Decoder, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
     """What the model hands each decoder layer for `inputs`: embeddings, and per layer its masks and positions.
 
     The model's own forward makes them, with layers that only note their arguments.
@@ -213,18 +217,18 @@ def fingerprint(batches: Sequence[Batch]) -> str:
     for batch in batches:
         for name in (*INPUTS, "labels"):
             if name in batch:
-                _hash(digest, name, batch[name])
+                hash_tensor(digest, name, batch[name])
     return digest.hexdigest()[:16]
 
 
 def _key(view: Decoder, batches: Sequence[Batch], ranks: int, choices: Sequence[Choice]) -> str:
     digest = hashlib.sha256(json.dumps([fingerprint(batches), ranks, choices]).encode())
     for name, tensor in view.model.state_dict().items():
-        _hash(digest, name, tensor)
+        hash_tensor(digest, name, tensor)
     return digest.hexdigest()[:16]
 
 
-def _hash(digest: Any, name: str, tensor: Tensor) -> None:
+def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
@@ -239,7 +243,7 @@ def _read_journal(state: str | Path | None) -> dict[str, list[list[float]]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout inside; afterwards every module is back in its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -251,11 +255,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar on the terminal's error stream; yields what moves it on."""
     from rich.console import Console  # not at import: a serving process may not have rich
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        yield partial(progress.advance, progress.add_task(title, total=total))
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        yield partial(bar.advance, bar.add_task(title, total=total))
