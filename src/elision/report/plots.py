@@ -51,8 +51,10 @@ def losses(is_: FineTune) -> Plot | None:
     width = max(1, len(steps) // 25)
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(2 if others else 1, 4.3 if others else 3.0, heights=(3, 2) if others else (1,))
-        for (name, run), (colour, _) in zip(runs.items(), _looks(list(runs)), strict=True):
+        for (name, run), (colour, marker) in zip(runs.items(), _looks(list(runs)), strict=True):
             style = {"color": colour, "label": name, "zorder": 3 if name == SPARSE else 2}
+            if len(steps) <= 30:  # few enough to be seen one by one, and a single one not at all without
+                style |= {"marker": marker, "markersize": 3.5}
             if name == LORA:  # wide and beneath: the others may lie on it
                 style |= {"linewidth": 3.2, "zorder": 1.9}
             axes[0].plot(*_smooth(run, width), **style)

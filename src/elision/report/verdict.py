@@ -109,6 +109,8 @@ def _trained(is_: FineTune | None) -> str | None:
         f"with {percent(sparse.flops_ratio, 0)} of LoRA's FLOPs, SparseLoRA answers {percent(sparse.accuracy)} of "
         f"{is_.test_problems:,} held-out problems and LoRA {percent(lora.accuracy)}"
     )
+    if lora.accuracy_low <= is_.majority_rate:
+        clause += f" (not clearly above the {percent(is_.majority_rate)} of always giving the most frequent answer)"
     pair = is_.pair(SPARSE, LORA)
     if pair is None:
         return clause
@@ -151,7 +153,7 @@ def learned(is_: FineTune) -> list[str]:
             if lora.swapped_accuracy < lora.accuracy_low:
                 sentences.append(f"The answers depend on the context: {swapped}.")
             else:
-                sentences.append(f"The answers do not depend on the context: {swapped}.")
+                sentences.append(f"The answers are not shown to depend on the context: {swapped}.")
     for other, worth in (
         (LORA, None),
         (RANDOM, "choosing channels by their estimated norm"),
