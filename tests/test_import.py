@@ -77,7 +77,7 @@ import importlib, pkgutil
 import elision
 count = 0
 for module in pkgutil.walk_packages(elision.__path__, "elision."):
-    if not module.name.endswith(".__main__"):
+    if not module.name.endswith((".__main__", ".vllm_models")):  # the second one is for vLLM to import, where it is
         importlib.import_module(module.name)
         count += 1
 print(count)
