@@ -273,11 +273,12 @@ def test_low_precision_errs_no_more_than_plain_pytorch() -> None:
 def test_autocast() -> None:
     model, inputs = tiny.lora(dtype=torch.float32, attention_bias=True), tiny.batch()
     with sparsify(model, plan(model)) as handle:
-        exact = tiny.loss_and_gradients(model, **inputs)
-        kept = {key: channels.tolist() for key, channels in handle.kept.items() if key[0] == 0}
+        exact = model(**inputs).loss
+        kept = {key: set(channels.tolist()) for key, channels in handle.kept.items() if key[0] == 0}
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**inputs).loss
         loss.backward()
-        agree = [len(set(kept[key]) & set(handle.kept[key].tolist())) / len(kept[key]) for key in kept]
-    assert (loss - exact[0]).abs() < 0.05 * exact[0]
+        agree = [len(kept[key] & set(handle.kept[key].tolist())) / len(kept[key]) for key in kept]
+    assert (loss - exact).abs() < 0.05 * exact
     assert min(agree) > 0.7
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

@@ -120,6 +120,7 @@ class InDouble(TorchFunctionMode):
             return args[0].double()
         if func is Tensor.to and args[0].dtype == torch.float64:
             args = (args[0], *(torch.float64 if a is torch.float32 else a for a in args[1:]))
+            kwargs = {name: torch.float64 if a is torch.float32 else a for name, a in kwargs.items()}
         if func is nn.functional.softmax and args[0].dtype == torch.float64:
             kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
