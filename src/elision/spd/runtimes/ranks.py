@@ -1,0 +1,123 @@
+"""Processes that serve one model together: they join, agree on what they run, and name the one that is lost.
+
+When a process dies, the collective operations of its neighbours fail with an address, not with a rank, and those of
+ranks further off only after the timeout. So every rank that stops, for whatever reason, says so in the store through
+which the processes met, and waits for the others to do the same. A rank that stays silent for longer than any
+surviving one could is the lost one; a rank that failed on its own left its error there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from elision.errors import InputError
+
+JOINING = timedelta(minutes=30)  # for loading: ranks may read their weights at different speed
+MARGIN = 3.0  # seconds that a surviving rank may take from its timeout to its word in the store
+_KEY = "elision/stopped"
+
+
+class RankLostError(RuntimeError):
+    """Another rank of this run died or failed, so this one cannot go on; the message names it."""
+
+
+def join() -> None:
+    """Meet the other processes that torchrun started, unless this one has already; alone, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=JOINING)
+
+
+def check_number(ranks: int) -> None:
+    """Pass where this run has `ranks` processes.
+
+    Raises:
+        InputError: it has another number.
+    """
+    found = dist.get_world_size() if dist.is_initialized() else 1
+    if found != ranks:
+        raise InputError(
+            f"plan is for {ranks} ranks, this run has {found}: start it with torchrun --nproc-per-node {ranks}, "
+            "or calibrate a plan for the ranks that you have"
+        )
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order; of this process alone where there are no others."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def limit(seconds: float, *groups: dist.ProcessGroup) -> None:
+    """From now on a collective operation of these groups, and of all ranks, fails after `seconds` without an answer."""
+    if dist.is_initialized():
+        for group in (None, *groups):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def naming_the_lost(seconds: float) -> Iterator[None]:
+    """Turn a failed collective operation inside into an error that names the rank which caused it.
+
+    `seconds` is what `limit` was given: no surviving rank is silent for longer.
+
+    Raises:
+        RankLostError: another rank died, or failed with an error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        cut_off = isinstance(error, RuntimeError) and _of_the_network(error)
+        blame = _roll_call("" if cut_off else f"{type(error).__name__}: {error}", seconds + MARGIN if cut_off else 0.0)
+        if not cut_off:
+            raise
+        raise RankLostError(blame) from error
+
+
+def _of_the_network(error: RuntimeError) -> bool:
+    """Whether a collective operation failed, not this rank's own work."""
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("gloo", "NCCL", "Connection"))
+
+
+def _roll_call(own_error: str, seconds: float) -> str:
+    """Leave this rank's word in the store and wait up to `seconds` for the others'; a sentence on who is to blame."""
+    own, everyone = dist.get_rank(), range(dist.get_world_size())
+    deadline = time.monotonic() + seconds
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{_KEY}/{own}", own_error or "-")
+        silent = [rank for rank in everyone if rank != own]
+        while silent and time.monotonic() < deadline:
+            time.sleep(0.05)
+            silent = [rank for rank in silent if not store.check([f"{_KEY}/{rank}"])]
+        words = {rank: store.get(f"{_KEY}/{rank}").decode() for rank in everyone if rank not in silent}
+    except RuntimeError:
+        return f"rank {own} lost the ranks' meeting point, which rank 0 or its launcher keeps: start all ranks again"
+    failed = [f"rank {rank} stopped with {word}" for rank, word in words.items() if rank != own and word != "-"]
+    if failed:
+        return f"{failed[0]}; rank {own} cannot go on without it: start all ranks again"
+    if silent:
+        names = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
+        return f"{names} died or hangs; rank {own} cannot go on without it: start all ranks again"
+    return f"the ranks lost each other, though all {len(everyone)} are alive: look at the network and start them again"

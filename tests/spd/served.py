@@ -1,0 +1,176 @@
+"""Checkpoints that carry a plan, and real processes that serve them with transformers' tensor parallelism."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
+from transformers.distributed import DistributedConfig
+
+from elision.errors import InputError
+from elision.spd import SyncPlan, save
+from elision.spd.runtimes import ranks as run
+from elision.spd.runtimes import transformers as runtime
+from tests.spd.tiny import left_padded, tiny, token_ids
+
+Case = tuple[str, dict[str, Any], tuple[int, ...]]  # family, sizes, dropped blocks
+NEW = 8  # tokens generated
+
+
+def checkpoint(place: Path, family: str, plan: SyncPlan | None, **sizes: Any) -> Path:
+    """Write a tiny model in float32, as a checkpoint that carries `plan` if there is one."""
+    model = tiny(family, dtype=torch.float32, **sizes)
+    if plan is None:
+        model.save_pretrained(place)
+        return place
+    return save(model, plan, place)
+
+
+Task = tuple[Callable[..., Any], tuple[Any, ...]]  # called on every rank with its number first
+
+
+def spawn(ranks: int, place: Path, tasks: dict[str, Task], killed: tuple[int, ...] = ()) -> dict[str, list[Any]]:
+    """Do `tasks` in turn in `ranks` joined processes; by task, what each rank returned (None: killed before)."""
+    place.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_rank, args=(rank, ranks, place, tasks)) for rank in range(ranks)]
+    try:
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 400
+        for process in processes:
+            process.join(timeout=deadline - time.monotonic())
+        codes = [process.exitcode for process in processes]
+        assert codes == [-signal.SIGKILL if rank in killed else 0 for rank in range(ranks)]
+    finally:
+        for process in processes:
+            process.kill()
+    outs = {name: [place / f"{name}{rank}.pt" for rank in range(ranks)] for name in tasks}
+    return {
+        name: [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
+        for name, paths in outs.items()
+    }
+
+
+def _rank(rank: int, ranks: int, place: Path, tasks: dict[str, Task]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    store = f"file://{place / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=run.JOINING)
+    for name, (body, arguments) in tasks.items():
+        torch.save(body(rank, *arguments), place / f"{name}{rank}.pt")
+    dist.destroy_process_group()
+
+
+def log_probabilities(model: nn.Module) -> Tensor:
+    """Of every next token, at every real position of a batch with padding on the left and of one without."""
+    parts = []
+    for batch in ({"input_ids": token_ids()}, left_padded()):
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        parts.append(model(**batch).logits.float().log_softmax(-1)[real])
+    return torch.cat(parts)
+
+
+def greedy(generate: Callable[..., Any]) -> Tensor:
+    """Tokens after a left-padded batch of prompts, by way of the key/value cache."""
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "use_cache": True}
+    return generate(left_padded(), **options)
+
+
+class Syncs(TorchDispatchMode):
+    """Counts the all-reduces inside that blocks call for; the embedding's goes another way."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.c10d.allreduce_.default
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def serve(rank: int, places: list[str]) -> list[dict[str, Any]]:
+    """What one rank sees of every checkpoint: log-probabilities, tokens, syncs of one forward pass."""
+    seen = []
+    for place in places:
+        model = runtime.load(place)
+        with Syncs() as syncs, torch.no_grad():
+            model(token_ids())
+        tokens = greedy(lambda batch, model=model, **options: runtime.generate(model, batch, **options))
+        seen.append({"log_probabilities": log_probabilities(model), "tokens": tokens, "syncs": syncs.count})
+    return seen
+
+
+@torch.no_grad()
+def toggle(rank: int, place: str, plan: SyncPlan) -> dict[str, Tensor]:
+    """transformers' own tensor parallelism, ours with an empty plan, and with `plan` dropped and given back."""
+    own: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        place, distributed_config=DistributedConfig(tp_size=plan.ranks, tp_plan="auto")
+    )
+    model = runtime.load(place)
+    seen = {"own": own(token_ids()).logits, "empty": model(token_ids()).logits}
+    with runtime.drop_syncs(model, plan):
+        seen["dropped"] = model(token_ids()).logits
+        try:
+            runtime.drop_syncs(model, plan)
+        except InputError as error:
+            seen["twice"] = str(error)
+    seen["removed"] = model(token_ids()).logits
+    seen["config"] = model.config.to_json_string()
+    return seen
+
+
+def sample(rank: int, place: str) -> Tensor:
+    """Sampled tokens, from a random state that differs from rank to rank."""
+    model = runtime.load(place)
+    torch.manual_seed(rank)
+    return runtime.generate(model, token_ids(seed=rank), max_new_tokens=NEW, do_sample=True, temperature=2.0)
+
+
+def refused(rank: int, places: list[str], plan: SyncPlan | None = None) -> str:
+    """The sentence with which this rank's checkpoint is refused."""
+    try:
+        runtime.load(places[rank], plan)
+    except InputError as error:
+        return str(error)
+    return "loaded"
+
+
+class _Dying(StoppingCriteria):
+    """Asked after every token; kills or fails one rank after the third."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.left = how, 3
+
+    def __call__(self, *_: Any, **__: Any) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise MemoryError("out of memory for the fun of it")
+        return torch.zeros(1, dtype=torch.bool)
+
+
+def lose(rank: int, place: str, lost: int, how: str) -> dict[str, Any]:
+    """What a rank says, and when, after rank `lost` is gone."""
+    model = runtime.load(place)
+    if rank == lost:
+        inner = model.generate
+        model.generate = lambda **options: inner(**options, stopping_criteria=[_Dying(how)])
+    start = time.monotonic()
+    try:
+        runtime.generate(model, token_ids(rows=1), max_new_tokens=40, min_new_tokens=40, do_sample=False)
+    except (run.RankLostError, MemoryError) as error:
+        return {"error": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - start}
+    return {"error": "none", "seconds": time.monotonic() - start}

@@ -1,0 +1,159 @@
+"""Plans served by real gloo processes with transformers' tensor parallelism agree with the one-process simulation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from elision.errors import InputError
+from elision.spd import SyncPlan, simulate
+from elision.spd.runtimes import transformers as runtime
+from tests.spd import served
+from tests.spd.served import Case, checkpoint, greedy, log_probabilities
+from tests.spd.tiny import CONFIGS, FAMILIES, tiny, token_ids
+
+ALL = (0, 1, 2)
+SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 39}  # shards of 20 and 19 channels
+WIDE = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+OPT = {"num_attention_heads": 4}
+CASES: dict[int, list[Case]] = {
+    2: [(family, OPT if family == "opt" else SIZES, (0, 2)) for family in FAMILIES if family != "phi3"]
+    + [("phi3", {**SIZES, "intermediate_size": 40}, ALL), ("llama", SIZES, ()), ("opt", OPT, ALL)],
+    4: [("llama", WIDE, ALL), ("qwen2", WIDE, (1,)), ("opt", OPT, (0, 1)), ("phi3", WIDE, (2,))],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All that real processes have to do here, in one run of 2 ranks and one of 4: starting them is what takes time."""
+    room = tmp_path_factory.mktemp("served")
+
+    def make(name: str, family: str, plan: SyncPlan, **sizes: Any) -> str:
+        return str(checkpoint(room / name, family, plan, **sizes))
+
+    def cases(ranks: int) -> served.Task:
+        made = [
+            make(f"{ranks}-{i}", f, SyncPlan(ranks, dropped), **s) for i, (f, s, dropped) in enumerate(CASES[ranks])
+        ]
+        return served.serve, (made,)
+
+    empty, full = make("empty", "llama", SyncPlan(2), **SIZES), make("full", "llama", SyncPlan(2, ALL), **SIZES)
+    four = make("four", "llama", SyncPlan(4, ALL), **WIDE)
+    two: dict[str, served.Task] = {
+        "serve": cases(2),
+        "toggle": (served.toggle, (empty, SyncPlan(2, ALL))),
+        "sample": (served.sample, (full,)),
+        "plans": (served.refused, ([full, empty],)),
+        "missing": (served.refused, ([full, str(room / "nowhere")],)),
+        "number": (served.refused, ([four, four],)),
+        "lose": (served.lose, (full, 1, "failed")),
+    }
+    return {
+        2: served.spawn(2, room / "run2", two),
+        4: served.spawn(4, room / "run4", {"serve": cases(4), "lose": (served.lose, (four, 1, "killed"))}, killed=(1,)),
+    }
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_ranks_agree_with_the_simulation(ranks, runs):
+    for (family, sizes, dropped), *seen in zip(CASES[ranks], *runs[ranks]["serve"], strict=True):
+        model = tiny(family, dtype=torch.float32, **sizes)
+        with torch.no_grad():
+            dense = log_probabilities(model)
+            with simulate(model, SyncPlan(ranks, dropped)):
+                expected = log_probabilities(model)
+                tokens = greedy(lambda batch, model=model, **options: model.generate(**batch, **options))
+        for rank in seen:
+            where = f"{family} {dropped}"
+            assert torch.equal(rank["log_probabilities"], seen[0]["log_probabilities"]), where
+            assert (rank["log_probabilities"] - expected).abs().max() < 5e-6, where
+            assert torch.equal(rank["tokens"], tokens), where
+            assert rank["syncs"] == 2 * model.config.num_hidden_layers - len(dropped), where
+        if dropped:
+            assert (expected - dense).abs().max() > 1e-3, family
+
+
+def test_an_empty_plan_is_transformers_own_parallelism_and_a_dropped_one_can_be_removed(runs):
+    for seen in runs[2]["toggle"]:
+        assert torch.equal(seen["empty"], seen["own"])
+        assert torch.equal(seen["removed"], seen["empty"])
+        assert (seen["dropped"] - seen["empty"]).abs().max() > 1e-3
+        assert seen["twice"] == "block 0's forward is replaced already: remove what did it first"
+        assert "elision" not in seen["config"]  # transformers must be able to read a saved config without us
+
+
+def test_ranks_sample_the_same_tokens_from_rank_0s_prompt(runs):
+    first, second = runs[2]["sample"]
+    assert torch.equal(first, second)
+    assert torch.equal(first[:, : token_ids().shape[1]], token_ids(seed=0))
+
+
+def test_ranks_with_different_or_broken_plans_refuse_to_start(runs):
+    assert set(runs[2]["plans"]) == {
+        "rank 1 has another plan than rank 0 (2 ranks, dropped []; 2 ranks, dropped [0, 1, 2]): "
+        "give every rank the same checkpoint"
+    }
+    first, second = runs[2]["missing"]
+    assert "nowhere" in second
+    assert first == f"rank 1: {second}"
+    assert set(runs[2]["number"]) == {
+        "plan is for 4 ranks, this run has 2: start it with torchrun --nproc-per-node 4, "
+        "or calibrate a plan for the ranks that you have"
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "why"),
+    [(4, "died or hangs"), (2, "stopped with MemoryError: out of memory for the fun of it")],
+)
+def test_a_lost_rank_ends_the_others_and_is_named(ranks, why, runs):
+    for rank, seen in enumerate(runs[ranks]["lose"]):
+        if rank == 1:
+            assert seen is None or seen["error"].startswith("MemoryError")
+            continue
+        assert (
+            seen["error"] == f"RankLostError: rank 1 {why}; rank {rank} cannot go on without it: start all ranks again"
+        )
+        assert seen["seconds"] < 30
+
+
+def test_one_rank_needs_no_others(tmp_path):
+    place = checkpoint(tmp_path / "model", "llama", SyncPlan(1, ALL))
+    with torch.no_grad():
+        served_here = log_probabilities(runtime.load(place))
+        assert torch.equal(served_here, log_probabilities(tiny("llama", dtype=torch.float32)))
+
+
+def test_a_healed_checkpoint_loads_with_its_own_plan_alone(tmp_path):
+    place = checkpoint(tmp_path / "model", "llama", SyncPlan(1, (1,), healed=(1,)))
+    assert type(runtime.load(place)).__name__ == "LlamaForCausalLM"
+    with pytest.raises(ValueError, match="spd_llama"):  # plain transformers cannot take it for a dense model
+        AutoModelForCausalLM.from_pretrained(place)
+    with pytest.raises(InputError, match="healed for another plan than the one given: leave the plan out"):
+        runtime.load(place, SyncPlan(1, (2,)))
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "plan", "sentence"),
+    [
+        ("llama", {}, None, "carries no spd_plan: write the checkpoint with elision.spd.save, or give a plan"),
+        ("llama", {}, SyncPlan(1, (7,)), "dropped block 7 does not exist: name blocks from 0 to 2"),
+        ("llama", {}, SyncPlan(2), "ranks=2 cannot share this model, they neither divide its 3 key/value heads"),
+        ("llama", {}, SyncPlan(6), "6 ranks cannot share 3 key/value heads in transformers, which holds each"),
+        ("llama", {**WIDE, "intermediate_size": 38}, SyncPlan(4), "size 38 over 4 ranks into shards"),
+        ("llama", {"intermediate_size": 39}, SyncPlan(3), "this run has 1: start it with torchrun --nproc-per-node 3"),
+        ("llama", {}, SyncPlan(1, (1,), corrections={1: "gain"}), "plan corrects block 1 by gain, which only the sim"),
+        ("gemma2", {}, SyncPlan(1), "SPD does not cover this Gemma 2 model: its sandwich norms"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_loading(family, sizes, plan, sentence, tmp_path):
+    config = CONFIG_MAPPING[family](**{**CONFIGS.get(family, {}), **sizes})
+    config.spd_plan = None if plan is None else plan.to_dict()
+    config.save_pretrained(tmp_path)  # and no weights: whatever tries to read them fails
+    with pytest.raises(InputError) as refused:
+        runtime.load(tmp_path)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
