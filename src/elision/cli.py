@@ -44,6 +44,17 @@ app = typer.Typer(
 )
 
 
+sparselora = typer.Typer(cls=Commands, no_args_is_help=True, help="Fine-tune with contextual sparsity.")
+spd = typer.Typer(cls=Commands, no_args_is_help=True, help="Drop the syncs that tensor parallelism can spare.")
+app.add_typer(sparselora, name="sparselora")
+app.add_typer(spd, name="spd")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory, a Hugging Face id, or 'reference'.")]
+Text = Annotated[list[Path], typer.Option(help="Plain text; may be given several times.")]
+Rows = Annotated[int, typer.Option(min=1, help="Rows of text at most.")]
+Tokens = Annotated[int, typer.Option(min=2, help="Tokens a row.")]
+
+
 def main() -> None:
     """Entry point of the `elision` command."""
     app(prog_name="elision")
@@ -78,9 +89,7 @@ def demo(
 
 @app.command()
 def inspect(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model's directory, a Hugging Face id, or 'reference'.")
-    ],
+    model: Model,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
     """Show what a model's blocks are made of and which method covers them; reads its config, never its weights."""
@@ -92,6 +101,122 @@ def inspect(
         typer.echo(json.dumps(dataclasses.asdict(description), indent=2))
     else:
         _show(model, description)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Text,
+    plan: Annotated[Path | None, typer.Option(help="SPD plan: score what its ranks would compute.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter to merge into the model first.")] = None,
+    rows: Rows = 32,
+    tokens: Tokens = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Perplexity of a model on text, with an SPD plan or a PEFT adapter if given."""
+    from contextlib import nullcontext
+
+    from elision import evaluate, spd
+    from elision.data import text_batches
+    from elision.loading import load_adapter, load_texts
+
+    texts = load_texts(text)
+    planned = None if plan is None else spd.SyncPlan.load(plan)
+    loaded, tokenizer = _load(model)
+    if adapter is not None:
+        loaded = load_adapter(loaded, adapter)
+    batches = text_batches(tokenizer, texts, tokens, limit=rows)
+    with nullcontext() if planned is None else spd.simulate(loaded, planned):
+        found = evaluate.perplexity(loaded, batches)
+    scored = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
+    typer.echo(
+        json.dumps({"perplexity": found, "tokens": scored}) if as_json else f"{found:.4f} over {scored:,} tokens"
+    )
+
+
+@sparselora.command()
+def train(
+    model: Model,
+    data: Annotated[Path, typer.Option(help=".json or .jsonl of prompts and answers.")],
+    out: Annotated[Path, typer.Option(help="Directory of the PEFT adapter; a rerun resumes.")],
+    plan: Annotated[Path | None, typer.Option(help="SparsityPlan to train by.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="One sparsity for all layers instead; 0 is LoRA.")] = None,
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = 1.0,
+    batch: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Peak; cosine schedule with 4% warmup.")] = 3e-4,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank; alpha is twice that.")] = 32,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens a row at most.")] = 512,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Of adapter and data order.")] = 0,
+) -> None:
+    """Fine-tune with SparseLoRA; what comes out is an ordinary PEFT adapter."""
+    from elision.data import load_examples
+    from elision.errors import InputError
+    from elision.sparselora import SparsityPlan
+    from elision.sparselora.train import Settings, add_adapter
+    from elision.sparselora.train import train as run
+
+    if (plan is None) == (sparsity is None):
+        raise InputError("give either --plan or --sparsity: one of them says what to leave out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} is not empty: give a new directory")
+    examples = load_examples(data)
+    loaded_plan = None if plan is None else SparsityPlan.load(plan)
+    loaded, tokenizer = _load(model, dtype)
+    settings = Settings(
+        steps=max(1, round(epochs * len(examples) / batch)),
+        batch=batch,
+        learning_rate=learning_rate,
+        rank=rank,
+        max_length=max_length,
+        seed=seed,
+    )
+    if loaded_plan is None and sparsity:
+        loaded_plan = SparsityPlan.uniform(loaded, sparsity)
+    run(add_adapter(loaded, settings), tokenizer, examples, loaded_plan, out, settings)
+    typer.echo(f"adapter: {out}")
+
+
+@spd.command()
+def calibrate(
+    model: Model,
+    text: Text,
+    ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks that will serve.")],
+    out: Annotated[Path, typer.Option(help="Where the plan goes; what was measured is kept beside it.")],
+    max_loss: Annotated[float | None, typer.Option(help="Allowed perplexity increase; 0.01 is one percent.")] = None,
+    drop: Annotated[float | None, typer.Option(help="Share of the blocks to drop instead.")] = None,
+    rows: Rows = 32,
+    tokens: Tokens = 512,
+) -> None:
+    """Measure what each dropped sync costs on text, and write the plan that the limit allows; a rerun resumes."""
+    from elision import spd
+    from elision.data import text_batches
+    from elision.loading import load_texts
+
+    texts = load_texts(text)
+    loaded, tokenizer = _load(model)
+    batches = text_batches(tokenizer, texts, tokens, limit=rows)
+    journal = out.with_name(f"{out.name}.journal")
+    made = spd.calibrate(loaded, batches, ranks, max_loss=max_loss, drop=drop, state=journal)
+    made.save(out)
+    found = made.calibration
+    assert found is not None
+    count = len(made.dropped)
+    cost = 100 * (found.perplexities[count] / found.perplexities[0] - 1)
+    typer.echo(f"{count} of {len(found.order)} blocks drop their first sync, perplexity {cost:+.2f}%: {out}")
+
+
+def _load(model: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """Model and tokenizer, without the libraries' own bars and warnings."""
+    import warnings
+
+    from transformers.utils import logging
+
+    from elision.loading import load_model
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    return load_model(model, dtype)
 
 
 def _show(model: str, is_: Description) -> None:

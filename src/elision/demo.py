@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +70,6 @@ def run(out: Path, seed: int = 0, threads: int | None = None) -> Path:
         "transformers": transformers.__version__,
     }
     _check_settings(out / "settings.json", settings)
-    started = time.time()
     finetune = _finetune_all(out, seed)
     spd = [
         _spd(out, "embedded model", None, seed),
@@ -82,7 +79,7 @@ def run(out: Path, seed: int = 0, threads: int | None = None) -> Path:
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
         "command": f"elision demo --out {out} --seed {seed}",
-        "seconds": round(time.time() - started),
+        "seconds": round(sum(files.read_json(p, "stage")["seconds"] for p in (out / "stages").glob("*.json"))),
     }
     results = {"title": "elision demo", "settings": settings, "finetune": finetune, "spd": spd}
     files.write_json(out / "results.json", results)
@@ -105,9 +102,10 @@ def _stage(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str
     path = out / "stages" / f"{name}.json"
     if path.exists():
         console.print(f"[dim]{name}: done before[/dim]")
-        return files.read_json(path, "stage")
+        return files.read_json(path, "stage")["result"]
+    started = time.perf_counter()
     result = work()
-    files.write_json(path, result)
+    files.write_json(path, {"seconds": time.perf_counter() - started, "result": result})
     return result
 
 
@@ -153,75 +151,27 @@ def _finetune_all(out: Path, seed: int) -> dict[str, Any]:
 
 
 def _finetune(out: Path, name: str, slug: str, seed: int) -> dict[str, Any]:
-    """Train one variant with transformers' Trainer, saving an ordinary PEFT adapter; returns losses, cost and time."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    from elision import data, evaluate, reference_model, sparselora
+    """Train one variant, saving an ordinary PEFT adapter; returns losses, cost and time."""
+    from elision import data, evaluate, reference_model
+    from elision.sparselora.train import Settings, add_adapter, train
 
     console.print(f"\n[bold]{name}[/bold]")
-    tokenizer: Any
-    torch.manual_seed(seed)
     base, tokenizer = reference_model.load()
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    model = get_peft_model(base, LoraConfig(r=32, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM"))
-    rows = data.encode(tokenizer, data.problems((FAMILY,), "train", TRAIN_PROBLEMS, seed))
     steps = TRAIN_PROBLEMS // BATCH
-    work = out / "training" / slug
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        per_device_train_batch_size=BATCH,
-        max_steps=steps,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 25),
-        weight_decay=0.0,
-        logging_steps=5,
-        save_steps=steps // CHECKPOINTS,
-        save_total_limit=1,
-        report_to=[],
-        seed=seed,
-        use_cpu=True,
-        disable_tqdm=not sys.stderr.isatty(),
-        dataloader_pin_memory=False,
-    )
+    settings = Settings(steps, BATCH, LEARNING_RATE, checkpoints=CHECKPOINTS, seed=seed)
+    model = add_adapter(base, settings)
     plan = _plan(model, VARIANTS[name], seed)
-    journal = _Journal(model, plan, out / "training" / f"{slug}.jsonl")
-    callbacks: list[TrainerCallback] = [journal.callback()]
-    handle = None
-    if plan is not None:
-        handle = sparselora.sparsify(model, plan)
-        callbacks.append(handle.schedule)
-        console.print(handle.summary())
-
-    def batch(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        return data.collate(examples, tokenizer.pad_token_id)
-
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        data_collator=batch,
-        callbacks=callbacks,
-    )
-    try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
-    finally:
-        if handle is not None:
-            handle.remove()
-    model.save_pretrained(str(out / "adapters" / slug))
+    journal = _Journal(model, plan, out / "journals" / f"train-{slug}.jsonl")
+    examples = data.problems((FAMILY,), "train", TRAIN_PROBLEMS, seed)
+    log = train(model, tokenizer, examples, plan, out / "adapters" / slug, settings, callbacks=[journal.callback()])
     held_out = data.encode(tokenizer, data.problems((FAMILY,), "test", TEST_PROBLEMS, seed))
-    test = [data.collate(held_out[i : i + BATCH], tokenizer.pad_token_id) for i in range(0, len(held_out), BATCH)]
-    losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
-    shutil.rmtree(work, ignore_errors=True)
-    rows_by_step = journal.read()
+    test = [data.collate(held_out[i : i + BATCH], None) for i in range(0, len(held_out), BATCH)]
+    rows = journal.read()
     return {
-        "losses": losses,
+        "losses": [[entry["step"], entry["loss"]] for entry in log],
         "test_loss": evaluate.loss(model, test),
-        "flops": sum(row["flops"] for row in rows_by_step),
-        "seconds": statistics.median(row["seconds"] for row in rows_by_step) * steps,
+        "flops": sum(row["flops"] for row in rows),
+        "seconds": statistics.median(row["seconds"] for row in rows) * steps,
         "plan": None if plan is None else {"ffn": plan.ffn, "qk": plan.qk, "vo": plan.vo},
     }
 
@@ -295,12 +245,6 @@ class _Journal:
         return list(rows.values())
 
 
-def _last_checkpoint(work: Path) -> str | None:
-    """The newest whole checkpoint of an interrupted run."""
-    found = sorted(work.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1].parent) if found else None
-
-
 def _score(adapter: Path | None, test: list[Any], swapped: list[Any]) -> dict[str, Any]:
     """Accuracy on the test problems, and with every problem's facts exchanged for another's."""
     from peft import PeftModel
@@ -353,12 +297,12 @@ def _spd(out: Path, name: str, adapter: Path | None, seed: int) -> dict[str, Any
 
     def measure(ranks: int) -> dict[str, Any]:
         plan = spd.calibrate(
-            model, calibration, ranks, max_loss=MAX_LOSS, state=out / "stages" / f"spd-{slug}-{ranks}.state.json"
+            model, calibration, ranks, max_loss=MAX_LOSS, state=out / "journals" / f"{slug}-{ranks}.json"
         )
         plan.save(out / "plans" / f"{slug}-{ranks}-ranks.json")
         found = plan.calibration
         assert found is not None and found.perplexities is not None
-        scored = spd.curve(model, held_out, ranks, found.order, state=out / "stages" / f"spd-{slug}-{ranks}.curve.json")
+        scored = spd.curve(model, held_out, ranks, found.order, state=out / "journals" / f"{slug}-{ranks}.json")
         return {
             "ranks": ranks,
             "sensitivities": [100 * value / found.perplexities[0] for value in found.sensitivities],

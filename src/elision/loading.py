@@ -1,0 +1,80 @@
+"""Models, tokenizers and texts from what a user names, or one line that says what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elision.errors import InputError
+from elision.families import load_config, model_path
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """(model, tokenizer) of a directory, a Hugging Face id or "reference", in eval mode.
+
+    Raises:
+        InputError: no such model, an unsupported family, weights that are missing or truncated, no tokenizer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from elision.blocks import decoder
+
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype {dtype!r} is not known: use {', '.join(_DTYPES)}")
+    load_config(source)
+    name = model_path(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    except Exception as error:  # safetensors, the hub client and config classes share no error class
+        raise InputError(
+            f"weights of model {source} cannot be read ({_line(error)}): fetch or save it again"
+        ) from error
+    decoder(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise InputError(f"tokenizer of model {source} cannot be read ({_line(error)}): save it beside it") from error
+    return model, tokenizer
+
+
+def load_adapter(model: Any, path: Path) -> Any:
+    """`model` with the PEFT adapter of `path` merged into it.
+
+    Raises:
+        InputError: no adapter there, or one that does not fit the model.
+    """
+    from peft import PeftModel
+
+    if not (path / "adapter_config.json").is_file():
+        raise InputError(f"adapter {path} holds no adapter_config.json: give the directory of a PEFT adapter")
+    try:
+        return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    except Exception as error:  # peft raises what its config, safetensors and torch raise
+        raise InputError(f"adapter {path} does not fit the model ({_line(error)}): give the one made for it") from error
+
+
+def load_texts(paths: Sequence[str | Path]) -> list[str]:
+    """The texts of files, one each.
+
+    Raises:
+        InputError: a path that is no file, not UTF-8 or empty.
+    """
+    texts = []
+    for path in map(Path, paths):
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise InputError(f"text {path} cannot be read: give a plain text file") from None
+        except UnicodeDecodeError:
+            raise InputError(f"text {path} is not UTF-8: give a plain text file") from None
+        if not texts[-1].strip():
+            raise InputError(f"text {path} is empty: give a file with text")
+    return texts
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

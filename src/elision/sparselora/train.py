@@ -1,0 +1,138 @@
+"""Fine-tuning from prompts and answers to a plain PEFT adapter, with transformers' Trainer.
+
+What `elision sparselora train` and the demo run. Anyone with a Trainer of their own needs `sparsify` alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elision import data
+from elision.errors import InputError
+from elision.sparselora.apply import sparsify
+from elision.sparselora.plan import SparsityPlan
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one fine-tuning run; defaults are the paper's where it has one (METHODS 1.4)."""
+
+    steps: int
+    batch: int = 8
+    learning_rate: float = 3e-4
+    rank: int = 32
+    max_length: int = 512
+    checkpoints: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "rank", "max_length", "checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} is not at least 1: give a larger number")
+        if not 0 < self.learning_rate < 1:
+            raise InputError(f"learning_rate {self.learning_rate} is not between 0 and 1: 3e-4 is usual")
+
+
+def add_adapter(model: Any, settings: Settings) -> Any:
+    """A PEFT model around `model` with LoRA on Q, K, V and O, alpha twice the rank, seeded."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(settings.seed)
+    targets = [name for name in TARGETS if any(path.endswith(f".{name}") for path, _ in model.named_modules())]
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=2 * settings.rank,
+            target_modules=targets or "all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[data.Example | data.Problem],
+    plan: SparsityPlan | None,
+    out: Path,
+    settings: Settings,
+    *,
+    callbacks: Sequence[Any] = (),
+) -> list[dict[str, float]]:
+    """Train the adapter of `model` and save it to `out`; resumes from the checkpoints of an interrupted run.
+
+    Args:
+        model: a PEFT model with a LoRA adapter.
+        tokenizer: the model's.
+        examples: what to learn; loss on the answers alone.
+        plan: what to leave out; None trains plain LoRA.
+        out: directory of the adapter. Checkpoints go beside it, into `<out>.training`, until training is done.
+        settings: how long and how fast.
+        callbacks: further TrainerCallbacks.
+
+    Returns:
+        The log of the Trainer: dicts with "step" and "loss".
+
+    Raises:
+        InputError: nothing to train on, or what `sparsify` refuses.
+    """
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    rows = data.encode(tokenizer, examples, settings.max_length)
+    work = out.with_name(f"{out.name}.training")
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=settings.batch,
+        max_steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, settings.steps // 25),
+        weight_decay=0.0,
+        logging_steps=max(1, settings.steps // 15),
+        save_steps=max(1, settings.steps // settings.checkpoints),
+        save_total_limit=1,
+        report_to=[],
+        seed=settings.seed,
+        disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=False,
+    )
+    handle = None if plan is None else sparsify(model, plan)
+
+    def batch(chosen: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        return data.collate(chosen, tokenizer.pad_token_id)
+
+    try:
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            data_collator=batch,
+            callbacks=[*callbacks, *([] if handle is None else [handle.schedule])],
+        )
+        if handle is not None:
+            print(handle.summary())
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    finally:
+        if handle is not None:
+            handle.remove()
+    model.save_pretrained(str(out))
+    shutil.rmtree(work, ignore_errors=True)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The newest whole checkpoint of an interrupted run; trainer_state.json is the last file of one."""
+    found = sorted(work.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    return str(found[-1].parent) if found else None
