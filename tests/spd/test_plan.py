@@ -37,7 +37,7 @@ def test_a_plan_by_hand_needs_ranks_and_blocks_only():
     assert plan.to_dict() == {"version": 1, "ranks": 8, "dropped": [4, 7, 9]}
 
 
-TREATED = SyncPlan(8, (4, 7, 11), corrections={11: "local_o", 4: "gain"}, healed=(7, 4))
+TREATED = SyncPlan(8, (4, 7, 11), corrections={11: "local_o", 4: "gain"}, healed=(7, 4), int8=(5, 3))
 
 
 @pytest.mark.parametrize("plan", [SyncPlan(1), SyncPlan(8, (4, 7, 9)), WHOLE, TREATED])
@@ -56,6 +56,7 @@ def test_treatments_are_part_of_the_plan():
         "dropped": [4, 7, 11],
         "corrections": {"4": "gain", "11": "local_o"},
         "healed": [4, 7],
+        "int8": [3, 5],
     }
     assert TREATED.healed == (4, 7) and list(TREATED.corrections) == [4, 11]
     assert WHOLE.original_weights and not TREATED.original_weights
@@ -95,6 +96,8 @@ def test_a_plan_by_hand_fits_every_model_that_has_its_blocks():
         ("healed block 1 keeps its sync", {"ranks": 2, "dropped": (4,), "healed": (1, 4)}),
         ("corrections block 1 keeps its sync", {"ranks": 2, "dropped": (4,), "corrections": {1: "gain"}}),
         ("correction 'bias' is not known: use one of constant, gain", {"ranks": 2, "corrections": {1: "bias"}}),
+        ("int8 block 4 is dropped too", {"ranks": 2, "dropped": (4,), "int8": (1, 4)}),
+        ("int8 block 3 does not exist", {"ranks": 2, "int8": (3,), "model": FACTS}),
         ("corrections block '1' is not", {"ranks": 2, "corrections": {"1": "gain"}}),
         (r"corrections \['gain'\] is not a mapping", {"ranks": 2, "corrections": ["gain"]}),
         ("dropped block 7 does not exist", {"ranks": 3, "dropped": (7,), "model": FACTS}),
@@ -128,7 +131,7 @@ def test_measurements_that_do_not_fit_each_other(match, values):
     ("match", "change"),
     [
         ("has version 2, this elision reads 1", {"version": 2}),
-        ("unknown field 'blocks': use calibration, corrections, dropped, healed, model, ranks", {"blocks": [1]}),
+        ("unknown field 'blocks': use calibration, corrections, dropped, healed, int8, model, ranks", {"blocks": [1]}),
         ("ranks None is not a whole number", {"ranks": None}),
         ("corrections block 'x' is not", {"corrections": {"x": "gain"}}),
         ("dropped block 1.5 is not", {"dropped": [1.5]}),

@@ -6,6 +6,7 @@ carries its plan; `load` brings it back, simulated, and `read` brings model and 
 """
 
 from elision.spd.artifact import Treated, load, read, read_plan, save
+from elision.spd.distill import Recipe, heal
 from elision.spd.fit import correct, uncorrect
 from elision.spd.plan import Calibration, ModelFacts, SyncPlan
 from elision.spd.sensitivity import Sensitivity, calibrate, curve, sensitivity
@@ -14,6 +15,7 @@ from elision.spd.simulate import Simulation, simulate
 __all__ = [
     "Calibration",
     "ModelFacts",
+    "Recipe",
     "Sensitivity",
     "Simulation",
     "SyncPlan",
@@ -21,6 +23,7 @@ __all__ = [
     "calibrate",
     "correct",
     "curve",
+    "heal",
     "load",
     "read",
     "read_plan",

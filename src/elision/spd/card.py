@@ -22,6 +22,8 @@ def card(plan: SyncPlan, architecture: str, command: str | None, results: Mappin
         "Blocks without the sync after attention": _list(plan.dropped),
         **{f"… {how}": _list(blocks) for how, blocks in treatments.items() if blocks},
     }
+    if plan.int8:
+        rows["Blocks whose sync after attention is in int8"] = _list(plan.int8)
     if plan.calibration is not None:
         perplexities = plan.calibration.perplexities
         rows["Calibration data (fingerprint)"] = f"`{plan.calibration.data}`"

@@ -76,26 +76,28 @@ class SyncPlan:
     """Blocks `dropped` run with one sync instead of two on `ranks` tensor-parallel devices.
 
     A dropped block may be treated. `corrections` says which tensors beside its weights correct its local MLP input,
-    block number to one of CORRECTIONS; `healed` blocks have weights that were distilled for this plan. Treatments
-    belong to a checkpoint: what `correct`, `heal` and `load` return carries both the plan and its tensors.
+    block number to one of CORRECTIONS; `healed` blocks have weights that were distilled for this plan. Both belong to
+    a checkpoint: what `correct`, `heal` and `load` return carries the plan and its tensors together. Blocks `int8`
+    keep their sync and send it in int8.
 
     Made by hand, a plan carries no `model` and fits every model that has its blocks and allows its ranks.
 
     Raises:
         InputError: ranks below 1; a block that is negative, given twice or not in `model`; a treated block that is
-            not dropped; an unknown correction; a `calibration` of another depth than `model`.
+            not dropped, an int8 one that is; an unknown correction; a `calibration` of another depth than `model`.
     """
 
     ranks: int
     dropped: tuple[int, ...] = ()
     corrections: Mapping[int, str] = field(default_factory=dict, hash=False)
     healed: tuple[int, ...] = ()
+    int8: tuple[int, ...] = ()
     model: ModelFacts | None = None
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         _integer(self.ranks, "ranks", minimum=1)
-        for name in ("dropped", "healed"):
+        for name in ("dropped", "healed", "int8"):
             blocks = tuple(sorted(_indices(getattr(self, name), name)))
             object.__setattr__(self, name, blocks)
             for block in blocks:
@@ -105,6 +107,8 @@ class SyncPlan:
         for name in ("corrections", "healed"):
             if stray := sorted(set(getattr(self, name)) - set(self.dropped)):
                 raise InputError(f"{name} block {stray[0]} keeps its sync: name it in dropped, or do not treat it")
+        if both := sorted(set(self.int8) & set(self.dropped)):
+            raise InputError(f"int8 block {both[0]} is dropped too: its sync is either left out or sent in int8")
         if self.model is not None:
             self._check_blocks(self.model)
             if self.calibration is not None and len(self.calibration.order) != self.model.layers:
@@ -129,17 +133,18 @@ class SyncPlan:
         self._check_blocks(model)
 
     def _check_blocks(self, model: ModelFacts) -> None:
-        if self.dropped and self.dropped[-1] >= model.layers:
-            last = model.layers - 1
-            raise InputError(f"dropped block {self.dropped[-1]} does not exist: name blocks from 0 to {last}")
+        for name in ("dropped", "int8"):
+            blocks = getattr(self, name)
+            if blocks and blocks[-1] >= model.layers:
+                last = model.layers - 1
+                raise InputError(f"{name} block {blocks[-1]} does not exist: name blocks from 0 to {last}")
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values; what is None or empty is left out."""
         data: dict[str, Any] = {"version": VERSION, "ranks": self.ranks, "dropped": list(self.dropped)}
         if self.corrections:
             data["corrections"] = {str(block): kind for block, kind in self.corrections.items()}
-        if self.healed:
-            data["healed"] = list(self.healed)
+        data |= {name: list(blocks) for name in ("healed", "int8") if (blocks := getattr(self, name))}
         for name in ("model", "calibration"):
             part = getattr(self, name)
             if part is not None:

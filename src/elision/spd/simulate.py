@@ -15,7 +15,7 @@ The price of simplicity: N ranks take N times the norm and a loop of N small mat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from types import TracebackType
 from typing import Any, Self
@@ -25,8 +25,18 @@ from torch import Tensor, nn
 
 from elision.blocks import Block, Decoder, check_ranks, decoder, refusal
 from elision.errors import InputError
-from elision.spd.block import LocalBlock, shard, span, spd_output, spd_share
+from elision.spd.block import (
+    LocalBlock,
+    add_residual,
+    attention_share,
+    mlp_share,
+    shard,
+    span,
+    spd_output,
+    spd_share,
+)
 from elision.spd.corrections import Correction, correction_of
+from elision.spd.int8 import all_reduce
 from elision.spd.plan import ModelFacts, SyncPlan
 
 
@@ -43,24 +53,34 @@ def simulate(model: nn.Module, plan: SyncPlan) -> Simulation:
     """
     view = covered(model, plan.ranks)
     plan.check(facts(view))
-    blocks = [view.blocks[index] for index in plan.dropped]
-    for block in blocks:
+    blocks, int8 = ([view.blocks[index] for index in chosen] for chosen in (plan.dropped, plan.int8))
+    for block in [*blocks, *int8]:
         check_plain(block)
     corrections = {
         index: correction_of(view.blocks[index], plan.ranks, kind) for index, kind in plan.corrections.items()
     }
-    return Simulation(blocks, plan.ranks, corrections)
+    return Simulation(blocks, plan.ranks, corrections, int8=int8)
 
 
 class Simulation:
     """Handle of a running simulation, also a context manager; removing it restores the model bit for bit."""
 
-    def __init__(self, blocks: list[Block], ranks: int, corrections: Mapping[int, Correction] | None = None) -> None:
-        """Give every one of `blocks` its SPD forward; `check_plain` must have passed them. Users call `simulate`."""
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        ranks: int,
+        corrections: Mapping[int, Correction] | None = None,
+        *,
+        int8: Sequence[Block] = (),
+    ) -> None:
+        """Give `blocks` their SPD forward and `int8` theirs; `check_plain` must have passed. Users call `simulate`."""
         self._replaced: list[nn.Module] = []
         for block in blocks:
             correction = (corrections or {}).get(block.index)
             self._replace(block.layer, partial(spd_layer, block, ranks, correction))
+            self._replace(block.o.base, _identity)
+        for block in int8:
+            self._replace(block.layer, partial(int8_layer, block, ranks))
             self._replace(block.o.base, _identity)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
@@ -159,6 +179,16 @@ def spd_layer(block: Block, ranks: int, correction: Correction | None, hidden_st
     own_heads = heads.tensor_split(ranks, dim=-1)
     total = reduce(torch.add, (spd_share(hidden_states, *own) for own in zip(own_heads, local, strict=True)))
     return spd_output(hidden_states, total, local[0])
+
+
+def int8_layer(block: Block, ranks: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The decoder layer's forward with both syncs, the first in int8; as `spd_layer` otherwise."""
+    heads = head_outputs(block, hidden_states, kwargs)
+    local = [local_block(block, rank, ranks) for rank in range(ranks)]
+    r = block.residual_multiplier
+    shares = [attention_share(own, part) for own, part in zip(heads.tensor_split(ranks, dim=-1), local, strict=True)]
+    u = add_residual(hidden_states, all_reduce(shares), r, block.o.bias)
+    return add_residual(u, reduce(torch.add, (mlp_share(u, part) for part in local)), r, block.down.bias)
 
 
 def head_outputs(block: Block, hidden_states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

@@ -80,11 +80,11 @@ def perplexities(
             if state is not None:
                 files.write_json(state, {"version": 1, "losses": journal})
     tokens = sum(int((target != IGNORED).sum()) for target in targets)
-    return tuple(_perplexity(losses, tokens) for losses in zip(*rows, strict=True))
+    return tuple(_perplexity(column, tokens) for column in zip(*rows, strict=True))
 
 
-def _perplexity(losses: Sequence[float], tokens: int) -> float:
-    mean = math.fsum(losses) / tokens
+def _perplexity(summed: Sequence[float], tokens: int) -> float:
+    mean = math.fsum(summed) / tokens
     if not mean < 700:  # also catches nan; exp overflows a little later
         raise InputError(f"loss of {mean} per token is out of range: the model or its dtype fails on this data")
     return math.exp(mean)
@@ -108,13 +108,13 @@ def _losses(
                     split.append((part, step(block, ranks if drops else None, hidden, kwargs)))
                     advance(1)
         streams = split
-    losses = [0.0] * len(choices)
+    found = [0.0] * len(choices)
     for members, hidden in streams:
         loss = _loss(view, hidden, target.to(device))
         for member in members:
-            losses[member] = loss
+            found[member] = loss
             advance(1)
-    return losses
+    return found
 
 
 def step(
@@ -157,14 +157,17 @@ def layer_calls(view: Decoder, inputs: Mapping[str, Tensor]) -> list[tuple[Tenso
 
 def _loss(view: Decoder, hidden: Tensor, target: Tensor) -> float:
     """Summed next-token loss of the last block's output (batch, sequence, hidden) where there is a target."""
+    return sum(part.item() for part in losses(view, hidden, target))
+
+
+def losses(view: Decoder, hidden: Tensor, target: Tensor) -> Iterator[Tensor]:
+    """The same sum in parts of HEAD_ROWS positions, each a scalar that carries gradients."""
     scored = target != IGNORED
     rows, labels = hidden[:, :-1][scored].split(HEAD_ROWS), target[scored].split(HEAD_ROWS)
-    total = 0.0
     for row, label in zip(rows, labels, strict=True):
         logits = view.logits(row)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        total += F.cross_entropy(logits, label, reduction="sum").item()
-    return total
+        yield F.cross_entropy(logits, label, reduction="sum")
 
 
 def next_tokens(batch: Batch) -> Tensor:
@@ -229,6 +232,7 @@ def _key(view: Decoder, batches: Sequence[Batch], ranks: int, choices: Sequence[
 
 
 def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    """Feed a tensor's name, type, shape and bytes to a hashlib digest."""
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 

@@ -1,0 +1,253 @@
+"""Healing brings blocks closer to their teachers, on the streams it says, to the same bytes after a kill."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from elision import InputError, evaluate
+from elision.blocks import decoder
+from elision.spd import Recipe, SyncPlan, correct, distill, heal, simulate
+from elision.spd.activations import sources
+from tests.spd.tiny import bits, left_padded, tiny, token_ids
+
+RANKS, ALL = 3, (0, 1, 2)
+DATA = [{"input_ids": token_ids(4, 16, seed)} for seed in range(9)] + [left_padded((7, 16))]
+PLAN = SyncPlan(RANKS, ALL)
+QUICK = Recipe(epochs=2)
+
+
+def layers(model) -> list[dict[str, bytes]]:
+    return [bits(layer) for layer in decoder(model).model.get_decoder().layers]
+
+
+@torch.no_grad()
+def last_error(model, teacher, plan: SyncPlan, data=DATA) -> float:
+    """Squared distance of the last block's output from the original model's, over real tokens, relative."""
+    error = norm = 0.0
+    for batch in data:
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        target = teacher(**batch, output_hidden_states=True).hidden_states
+        with simulate(model, plan):
+            out = model(**batch, output_hidden_states=True).hidden_states
+        error += (out[-1] - target[-1])[real].square().sum().item()
+        norm += (target[-1] - target[0])[real].square().sum().item()
+    return error / norm
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_healing_brings_the_model_back_towards_itself(family):
+    model, teacher = tiny(family), tiny(family)
+    before = last_error(model, teacher, PLAN)
+    healed = heal(model, PLAN, iter(DATA), recipe=Recipe(epochs=4), quiet=True)
+    assert healed.model is model and healed.plan == SyncPlan(RANKS, ALL, healed=ALL)
+    assert last_error(model, teacher, healed.plan) < 0.8 * before
+    rest = {name: value for name, value in bits(model).items() if "layers" not in name}
+    assert rest.items() <= bits(teacher).items()
+
+
+def test_blocks_learn_from_the_student_stream_what_the_teacher_stream_became():
+    """Every block's inputs and targets, seen from outside, are those of the two models' own forwards."""
+    model, teacher, seen = tiny("llama"), tiny("llama"), []
+    original = distill.distil
+
+    def spy(student, inputs, targets, data, recipe):
+        seen.append((student.block.index, inputs[-1].clone(), targets[-1].clone()))
+        original(student, inputs, targets, data, recipe)
+
+    real = DATA[-1]["attention_mask"].bool()
+    for teacher_inputs in (False, True):
+        model, seen[:] = tiny("llama"), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distill, "distil", spy)
+            recipe = Recipe(epochs=1, teacher_inputs=teacher_inputs)
+            healed = heal(model, SyncPlan(RANKS, (0, 2)), DATA, recipe=recipe, quiet=True)
+        with torch.no_grad():
+            target = teacher(**DATA[-1], output_hidden_states=True).hidden_states
+            with healed.simulate():
+                student = model(**DATA[-1], output_hidden_states=True).hidden_states
+            inputs = target if teacher_inputs else student
+            last = teacher.get_decoder().layers[2]
+            outputs = []
+            last.register_forward_hook(lambda module, args, out, kept=outputs: kept.append(out))
+            teacher(**DATA[-1])
+        assert [index for index, _, _ in seen] == [0, 2]
+        for (index, x, t), expected in zip(seen, (target[1], outputs[0]), strict=True):
+            torch.testing.assert_close(x[real], inputs[index][real], rtol=0, atol=1e-12)
+            torch.testing.assert_close(t[real], expected[real], rtol=0, atol=1e-12)
+        assert (student[2] - target[2])[real].abs().max() > 1e-3  # the two streams do differ
+
+
+def test_the_loss_is_relative_to_what_the_block_adds_and_ignores_padding():
+    model = tiny("granite")
+    view = decoder(model)
+    block, data = view.blocks[1], sources(view, DATA)
+    student = distill.Student(block, RANKS, None)
+    x, t = (torch.randn_like(data[-1].embedded) for _ in range(2))
+    with simulate(model, SyncPlan(RANKS, (1,))), torch.no_grad():
+        y = block.layer(x, **data[-1].kwargs[1])
+    real = DATA[-1]["attention_mask"].bool()
+    expected = (y - t)[real].square().sum() / (t - x)[real].square().sum()
+    with torch.no_grad():
+        assert student.loss(x, t, data[-1]).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_only_the_chosen_blocks_change_and_the_rest_of_the_model_is_left_as_it_was():
+    model = tiny("llama").train()
+    for parameter in model.model.layers[2].parameters():
+        parameter.requires_grad_(False)
+    before, flags = layers(model), [parameter.requires_grad for parameter in model.parameters()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    healed = heal(model, PLAN, DATA, blocks=[2], recipe=QUICK, quiet=True)
+    after = layers(model)
+    assert healed.plan.healed == (2,) and healed.plan.dropped == ALL
+    assert after[:2] == before[:2] and all(after[2][name] != before[2][name] for name in before[2])
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters()) and model.training
+    assert [set(vars(module)) for module in model.modules()] == attributes
+
+
+def test_corrections_take_part_and_are_trained():
+    model = tiny("llama")
+    treated = correct(model, PLAN, DATA, "gain", quiet=True)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if "spd_correction" in name}
+    before = last_error(model, tiny("llama"), treated.plan)
+    healed = heal(model, treated.plan, DATA, recipe=QUICK, quiet=True)
+    assert healed.plan.corrections == treated.plan.corrections and healed.plan.healed == ALL
+    assert last_error(model, tiny("llama"), healed.plan) < before
+    assert all(not torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_block_that_gets_no_better_keeps_its_weights():
+    model = tiny("llama")
+    state = bits(model)
+    heal(model, PLAN, DATA, recipe=Recipe(epochs=8, lr=1e6), quiet=True)  # diverges at once
+    assert bits(model) == state
+
+
+def test_training_stops_early(monkeypatch):
+    calls = []
+    loss = distill.Student.loss
+    monkeypatch.setattr(distill.Student, "loss", lambda *a: calls.append(torch.is_grad_enabled()) or loss(*a))
+    heal(tiny("llama"), SyncPlan(RANKS, (1,)), DATA, recipe=Recipe(epochs=50, lr=1e3), quiet=True)
+    assert calls.count(True) == 9 * (distill.PATIENCE + 1)
+    assert calls.count(False) == 1 + distill.PATIENCE + 1  # one batch held out: before, and after each epoch
+
+
+def test_bf16_weights_are_trained_as_float32_and_rounded_once():
+    healed = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = tiny("qwen2", dtype=torch.bfloat16).to(dtype)
+        heal(model, SyncPlan(RANKS, (0,)), DATA, recipe=QUICK, quiet=True)
+        assert model.dtype == dtype
+        healed.append(model.model.layers[0].self_attn.o_proj.weight)
+    start = tiny("qwen2", dtype=torch.bfloat16).model.layers[0].self_attn.o_proj.weight
+    moved = (healed[1] - start.float()).norm()
+    assert (healed[0].float() - healed[1]).norm() < 0.5 * moved  # inputs and targets are of bf16 precision
+
+
+def test_the_learning_rate_follows_the_width():
+    assert [Recipe().learning_rate(hidden) for hidden in (24, 256, 4096)] == [1e-3, 1e-3, 0.256 / 4096]
+    assert Recipe(lr=0.02).learning_rate(4096) == 0.02
+    factors = [distill._schedule(done, 100) for done in range(100)]
+    assert factors[0] == 0.2 and max(factors) == 1.0 and 0 < factors[-1] < 1e-2
+
+
+class TestStateDirectory:
+    def test_what_is_healed_is_not_healed_again(self, tmp_path, monkeypatch):
+        model = tiny("llama")
+        heal(model, PLAN, DATA, recipe=QUICK, state=tmp_path / "state", quiet=True)
+        again, other = tiny("llama"), tiny("llama")
+        with monkeypatch.context() as patch:
+            patch.setattr(distill, "distil", None)
+            heal(again, PLAN, DATA, recipe=QUICK, state=tmp_path / "state", quiet=True)
+        assert bits(again) == bits(model)
+        heal(other, PLAN, DATA, recipe=Recipe(epochs=2, seed=1), state=tmp_path / "state", quiet=True)
+        assert bits(other) != bits(model)
+
+    @pytest.mark.parametrize("what", ["weights", "data", "plan"])
+    def test_another_healing_does_not_find_it(self, what, tmp_path):
+        heal(tiny("llama"), PLAN, DATA, recipe=QUICK, state=tmp_path, quiet=True)
+        model, data = tiny("llama", seed=int(what == "weights")), DATA[what == "data" :]
+        plan = SyncPlan(RANKS, (0, 1)) if what == "plan" else PLAN
+        twin = copy.deepcopy(model)
+        heal(model, plan, data, recipe=QUICK, state=tmp_path, quiet=True)
+        heal(twin, plan, data, recipe=QUICK, quiet=True)
+        assert bits(model) == bits(twin)
+
+    def test_killed_and_run_again_it_writes_the_same_bytes(self, tmp_path):
+        def start(folder: Path) -> subprocess.Popen:
+            folder.mkdir(exist_ok=True)
+            return subprocess.Popen([sys.executable, "-m", "tests.spd.heal_slowly", str(folder)], env=environment)
+
+        root = Path(__file__).parents[2]
+        paths = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
+        try:
+            deadline = time.monotonic() + 120
+            while not list((tmp_path / "killed" / "state").glob("*-0.safetensors")):
+                assert time.monotonic() < deadline and killed.poll() is None
+                time.sleep(0.02)
+            killed.send_signal(signal.SIGKILL)
+            assert killed.wait(60) == -signal.SIGKILL
+            assert not (tmp_path / "killed" / "model").exists()
+            assert start(tmp_path / "killed").wait(120) == 0
+            assert whole.wait(120) == 0
+        finally:
+            whole.kill()
+            killed.kill()
+        for folder in ("state", "model"):
+            files = sorted(path.name for path in (tmp_path / "whole" / folder).iterdir())
+            assert len(files) >= 3
+            for name in files:
+                assert (tmp_path / "killed" / folder / name).read_bytes() == (
+                    tmp_path / "whole" / folder / name
+                ).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("match", "arguments"),
+    [
+        ("plan has healed blocks \\[0\\] already", {"plan": SyncPlan(RANKS, (0, 1), healed=(0,))}),
+        ("healed block 1 keeps its sync", {"plan": SyncPlan(RANKS, (0,)), "blocks": [1]}),
+        ("data holds one batch: give at least two", {"batches": DATA[:1]}),
+        ("this model has no correction there", {"plan": SyncPlan(RANKS, (0,), {0: "gain"})}),
+        ("state .* is a file", {"state": Path(__file__)}),
+    ],
+)
+def test_bad_input_changes_nothing(match, arguments):
+    model = tiny("llama")
+    state = bits(model)
+    with pytest.raises(InputError, match=match) as caught:
+        heal(model, **{"plan": PLAN, "batches": DATA, "quiet": True, **arguments})
+    assert "\n" not in str(caught.value) and bits(model) == state
+
+
+@pytest.mark.parametrize("values", [{"epochs": 0}, {"epochs": 1.5}, {"lr": -1.0}, {"held_out": 1.0}])
+def test_a_recipe_out_of_range(values):
+    with pytest.raises(InputError, match=f"{next(iter(values))} .* is not"):
+        Recipe(**values)
+
+
+def test_perplexity_is_won_back_on_text_not_trained_on():
+    model = tiny("llama", num_hidden_layers=3)
+    held_out = [{"input_ids": token_ids(8, 16, seed=99)}]
+    labels = torch.stack([model(**batch).logits.argmax(-1) for batch in held_out])[0]
+    batch = {**held_out[0], "labels": torch.cat([labels[:, :1], labels[:, :-1]], 1)}  # what the dense model says
+
+    def loss(plan: SyncPlan) -> float:
+        with simulate(model, plan):
+            return evaluate.loss(model, [batch])
+
+    dense, dropped = loss(SyncPlan(RANKS)), loss(PLAN)
+    healed = heal(model, PLAN, DATA, recipe=Recipe(epochs=3), quiet=True)
+    assert dense < loss(healed.plan) < dropped
