@@ -9,6 +9,7 @@ from elision.spd.artifact import Treated, load, read, read_plan, save
 from elision.spd.distill import Recipe, heal
 from elision.spd.fit import correct, uncorrect
 from elision.spd.plan import Calibration, ModelFacts, SyncPlan
+from elision.spd.proxies import order, scores
 from elision.spd.sensitivity import Sensitivity, calibrate, curve, sensitivity
 from elision.spd.simulate import Simulation, simulate
 
@@ -25,9 +26,11 @@ __all__ = [
     "curve",
     "heal",
     "load",
+    "order",
     "read",
     "read_plan",
     "save",
+    "scores",
     "sensitivity",
     "simulate",
     "uncorrect",
