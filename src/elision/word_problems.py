@@ -55,9 +55,10 @@ class Problem:
 class _Writer:
     """Draws names, things, numbers and phrasings for one problem of one split."""
 
-    def __init__(self, rng: random.Random, split: Split) -> None:
+    def __init__(self, rng: random.Random, split: Split, distractors: tuple[int, int]) -> None:
         self.rng = rng
         self.split = split
+        self.kept = distractors
         self.people = rng.sample(NAMES, 12)
         self.things = rng.sample(THINGS, 6)
 
@@ -95,12 +96,9 @@ class _Writer:
         ]
 
     def place(self, facts: list[str], among: list[str]) -> tuple[str, ...]:
-        """Facts in their own order at random places among the distractors, of which training drops some.
-
-        Short pages teach to look things up, long ones to do it among many; the test's pages are all long.
-        """
+        """Facts in their own order at random places among the distractors, of which training drops some."""
         if self.split == "train":
-            among = among[: self.rng.randint(3, len(among))]
+            among = among[: self.rng.randint(min(self.kept[0], len(among)), min(self.kept[1], len(among)))]
         places = sorted(self.rng.sample(range(len(facts) + len(among)), len(facts)))
         mixed = list(among)
         for place, fact in zip(places, facts, strict=True):
@@ -369,8 +367,13 @@ FAMILIES: dict[str, Callable[[_Writer], Problem]] = {
 NEW_FAMILIES: dict[str, Callable[[_Writer], Problem]] = {"ages": _ages, "trips": _trips}
 
 
-def problem(families: tuple[str, ...], split: Split, index: int, seed: int = 0) -> Problem:
+def problem(
+    families: tuple[str, ...], split: Split, index: int, seed: int = 0, distractors: tuple[int, int] = (3, 99)
+) -> Problem:
     """Problem number `index` of a seed and split, its family drawn evenly from `families`.
+
+    `distractors` bounds how many facts beside the point a training problem keeps: short pages teach to look things
+    up, long ones to do it among many. The test's pages are always long.
 
     Raises:
         InputError: an unknown family or split.
@@ -382,7 +385,7 @@ def problem(families: tuple[str, ...], split: Split, index: int, seed: int = 0) 
     if split not in ("train", "test"):
         raise InputError(f"split {split!r} is neither 'train' nor 'test': name one of them")
     rng = random.Random(f"{seed}/{split}/{index}")
-    return known[rng.choice(families)](_Writer(rng, split))
+    return known[rng.choice(families)](_Writer(rng, split, distractors))
 
 
 def problems(families: tuple[str, ...], split: Split, number: int, seed: int = 0) -> list[Problem]:

@@ -53,7 +53,7 @@ use.
 - word problems from the seeded generator in `elision.word_problems`, families {", ".join(FAMILIES)}, loss on the worked
   solution alone; phrasings and numbers of the test split held out
 
-for {RECIPE["steps"]} steps of {_tokens_per_step():,} tokens: `python -m elision.reference_model.train`. A killed run
+for {RECIPE["phases"][-1]["until"]} steps, {_tokens():,} tokens: `python -m elision.reference_model.train`. A killed run
 resumes. On another Python version (`--any-library`) the library's text differs a little, and so does the result.
 
 ## Measured
@@ -69,10 +69,15 @@ The families "ages" and "trips" are not trained on: they are for fine-tuning.
 """
 
 
-def _tokens_per_step() -> int:
-    counts = RECIPE["micro_batches"]
-    problem, library = RECIPE["problem_rows"], RECIPE["library_rows"]
-    return counts["problems"] * problem[0] * problem[1] + counts["library"] * library[0] * library[1]
+def _tokens() -> int:
+    """Of the whole training, padding included."""
+    counts, library = RECIPE["micro_batches"], RECIPE["library_rows"]
+    total = first = 0
+    for phase in RECIPE["phases"]:
+        rows = counts["problems"] * phase["rows"][0] * phase["rows"][1] + counts["library"] * library[0] * library[1]
+        total += (phase["until"] - first) * rows
+        first = phase["until"]
+    return total
 
 
 def main(

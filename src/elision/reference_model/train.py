@@ -32,15 +32,20 @@ from elision.word_problems import FAMILIES, problem, problems
 
 RECIPE: dict[str, Any] = {
     "seed": 0,
-    "steps": 1000,
+    # Pages of problems by steps: at first long ones, from which the model learned names and operators but not which
+    # number belongs to whom; then short ones, which teach that; then all lengths (docs/lab-notes.md).
+    "phases": [
+        {"until": 700, "distractors": [3, 10], "rows": [8, 176]},
+        {"until": 850, "distractors": [0, 3], "rows": [16, 96]},
+        {"until": 1100, "distractors": [0, 10], "rows": [8, 176]},
+    ],
     "micro_batches": {"problems": 8, "library": 4},  # per step, over all processes
-    "problem_rows": [8, 176],  # rows, tokens
-    "library_rows": [4, 384],
+    "library_rows": [4, 384],  # rows, tokens
     "learning_rate": 2e-3,
     "betas": [0.9, 0.95],
     "weight_decay": 0.1,
     "warmup_steps": 60,
-    "decay_steps": 250,
+    "decay_steps": 200,
     "clip": 1.0,
     "vocabulary": 2048,
     # of the library that the published weights were trained on: CPython 3.11.7
@@ -84,12 +89,13 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def problem_batch(tokenizer: PreTrainedTokenizerFast, step: int, number: int) -> tuple[Tensor, Tensor]:
     """(rows, tokens) input ids and labels of one micro-batch of training problems; -100 outside the solution."""
-    rows, length = RECIPE["problem_rows"]
+    phase = next(phase for phase in RECIPE["phases"] if step < phase["until"])
+    rows, length = phase["rows"]
     ids = torch.full((rows, length), CONFIG["pad_token_id"])
     labels = torch.full((rows, length), -100)
     first = (step * RECIPE["micro_batches"]["problems"] + number) * rows
     for row in range(rows):
-        p = problem(tuple(FAMILIES), "train", first + row, RECIPE["seed"])
+        p = problem(tuple(FAMILIES), "train", first + row, RECIPE["seed"], tuple(phase["distractors"]))
         prompt = tokenizer.encode(p.prompt)
         solution = [*tokenizer.encode(f" {p.solution}"), CONFIG["eos_token_id"]]
         end = min(len(prompt) + len(solution), length)
@@ -131,7 +137,7 @@ def loss_of(model: LlamaForCausalLM, body: Callable[..., Any], ids: Tensor, labe
 def learning_rate(step: int) -> float:
     """Linear warmup, constant, linear decay to zero over the last steps."""
     rise = (step + 1) / RECIPE["warmup_steps"]
-    fall = (RECIPE["steps"] - step) / RECIPE["decay_steps"]
+    fall = (RECIPE["phases"][-1]["until"] - step) / RECIPE["decay_steps"]
     return RECIPE["learning_rate"] * min(1.0, rise, fall)
 
 
@@ -160,7 +166,7 @@ def train(rank: int, processes: int, out: str, stop_after: int, compiled: bool) 
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     body: Callable[..., Any] = torch.compile(model.model, dynamic=False) if compiled else model.model
-    steps = RECIPE["steps"]
+    steps = RECIPE["phases"][-1]["until"]
     end = min(steps, first + stop_after) if stop_after else steps
     counts = RECIPE["micro_batches"]
     total = counts["problems"] + counts["library"]
