@@ -46,6 +46,11 @@ def solve(p: Problem) -> int:
             return found[0]
 
         return leg(a, b) + leg(b, c)
+    if p.family == "bus":
+        (begin,) = re.findall(r"with (\d+) people|station (\d+) people sit", text)
+        (on,) = re.findall(r"(\d+) (?:more )?people get on", text)
+        (off,) = re.findall(r"(\d+) (?:people|of them) get off", text)
+        return int("".join(begin)) + int(on) - int(off)
     if p.family == "ages":
         who = names[0]
         years = int(re.findall(r"\d+", p.question)[0])

@@ -26,10 +26,10 @@ from elision import files
 from elision.errors import InputError
 from elision.progress import progress
 
-FAMILY = "ages"
+FAMILY = "bus"
 TASK = (
-    "Each problem states the ages of many people and one relation between two of them, and asks how old one of them "
-    "will be in some years. The model was never trained on this family; the test's phrasings and numbers are new too."
+    "Each problem tells, among the possessions of many people, how many people were in a bus, got on and got off, and "
+    "asks how many are left. The model was never trained on this family; the test's phrasings and numbers are new too."
 )
 TRAIN_PROBLEMS = 1200
 TEST_PROBLEMS = 300

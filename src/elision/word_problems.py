@@ -355,6 +355,42 @@ def _trips(w: _Writer) -> Problem:
     return Problem("trips", w.place(facts, noise), question, text, str(n + m))
 
 
+def _bus(w: _Writer) -> Problem:
+    n, k, m = w.numbers((4, 24), (2, 16), (2, 20), where=lambda n, k, m: n + k > m)
+    said = [
+        w.phrase(
+            "A bus starts with {n} people.",
+            "A bus leaves the station with {n} people.",
+            "At the station {n} people sit in a bus.",
+            "A bus leaves with {n} people.",
+            n=n,
+        ),
+        w.phrase(
+            "At the market {k} people get on.",
+            "At the school {k} more people get on.",
+            "Then {k} people get on.",
+            "At the bridge {k} people get on.",
+            k=k,
+        ),
+        w.phrase(
+            "Later {m} people get off.",
+            "At the park {m} people get off.",
+            "Near the river {m} of them get off.",
+            "At the church {m} people get off.",
+            m=m,
+        ),
+    ]
+    question = w.phrase(
+        "How many people are in the bus at the end?",
+        "After that, how many people does the bus carry?",
+        "What is the number of people in the bus now?",
+        "How many people does the bus carry at the end?",
+    )
+    on, left = n + k, n + k - m
+    text = f"The bus had {n}. {n} + {k} = {on}. {on} - {m} = {left}. #### {left}"
+    return Problem("bus", w.place(said, w.distractors(w.people, 8)), question, text, str(left))
+
+
 FAMILIES: dict[str, Callable[[_Writer], Problem]] = {
     "lookup": _lookup,
     "gain": _gain,
@@ -364,7 +400,7 @@ FAMILIES: dict[str, Callable[[_Writer], Problem]] = {
     "relation": _relation,
     "price": _price,
 }
-NEW_FAMILIES: dict[str, Callable[[_Writer], Problem]] = {"ages": _ages, "trips": _trips}
+NEW_FAMILIES: dict[str, Callable[[_Writer], Problem]] = {"ages": _ages, "bus": _bus, "trips": _trips}
 
 
 def problem(

@@ -9,7 +9,7 @@ import typer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from elision import evaluate, files
-from elision.data import FAMILIES, problems, text_batches
+from elision.data import FAMILIES, NEW_FAMILIES, problems, text_batches
 from elision.progress import progress
 from elision.reference_model.corpus import library_texts
 from elision.reference_model.train import CONFIG, RECIPE
@@ -65,7 +65,7 @@ Perplexity {found["perplexity"]:.3f} per token over {found["tokens"]:,} tokens o
 | --- | --- |
 {rows}
 
-The families "ages" and "trips" are not trained on: they are for fine-tuning.
+The families {", ".join(NEW_FAMILIES)} are not trained on: they are for fine-tuning.
 """
 
 

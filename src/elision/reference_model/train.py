@@ -37,7 +37,7 @@ RECIPE: dict[str, Any] = {
     "phases": [
         {"until": 700, "distractors": [3, 10], "rows": [8, 176]},
         {"until": 850, "distractors": [0, 3], "rows": [16, 96]},
-        {"until": 1100, "distractors": [0, 10], "rows": [8, 176]},
+        {"until": 1400, "distractors": [0, 10], "rows": [8, 176]},
     ],
     "micro_batches": {"problems": 8, "library": 4},  # per step, over all processes
     "library_rows": [4, 384],  # rows, tokens
