@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from peft import IA3Config, LoraConfig
 from torch import Tensor, nn
 
-from elision import blocks
+from elision import blocks, sparselora
 from elision.errors import InputError
-from elision.sparselora import SparsityPlan, sparsify
+from elision.sparselora import SparsityPlan
 from elision.sparselora.reference import MaskedLinear
 from tests.sparselora import tiny
+
+sparsify = partial(sparselora.sparsify, path="reference")
 
 
 def masked(model: nn.Module) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from elision import blocks
-from elision.sparselora import SparsityPlan, reference, sparsify
+from elision import blocks, sparselora
+from elision.sparselora import SparsityPlan, reference
 from elision.sparselora.reference import MaskedLinear
 from tests.sparselora import tiny
 from tests.sparselora.formula import FAULTS, Formula
 
+sparsify = partial(sparselora.sparsify, path="reference")
 QV = r".*\.(q_proj|v_proj)"
 PARTS = {"ffn": 0.6, "qk": 0.5, "vo": 0.3}
 GQA = {"attention_bias": True, "mlp_bias": True}

@@ -58,7 +58,7 @@ def test_the_schedule_evaluation_and_accumulation(tmp_path: Path) -> None:
     dense = trainer(tiny.lora(dtype=torch.float32), None, tmp_path, **settings)
     dense.train()
     model = tiny.lora(dtype=torch.float32)
-    with sparsify(model, tiny.plan(model, 0.75, dense_steps=0.3)) as handle:
+    with sparsify(model, tiny.plan(model, 0.75, dense_steps=0.3), path="reference") as handle:  # to the last bit
         run = trainer(model, handle, tmp_path, **settings)
         run.train()
         # 10 steps of 2 micro-batches, the first 3 dense; 2 evaluations of 4 rows at 8 a batch

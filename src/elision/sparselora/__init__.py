@@ -15,17 +15,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elision.sparselora.apply import SparseHandle, sparsify
+    from elision.sparselora.apply import SparseHandle, lossless, sparsify
     from elision.sparselora.factors import Factors
     from elision.sparselora.plan import ModelFacts, SparsityPlan
+    from elision.sparselora.rows import Elisions
 
-__all__ = ["Factors", "ModelFacts", "SparseHandle", "SparsityPlan", "sparsify"]
+__all__ = ["Elisions", "Factors", "ModelFacts", "SparseHandle", "SparsityPlan", "lossless", "sparsify"]
 
 _HOME = {
+    "Elisions": "rows",
     "Factors": "factors",
     "ModelFacts": "plan",
     "SparseHandle": "apply",
     "SparsityPlan": "plan",
+    "lossless": "apply",
     "sparsify": "apply",
 }
 

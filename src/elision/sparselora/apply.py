@@ -12,6 +12,10 @@ an argument because gradient checkpointing runs blocks again during backward wit
 recomputation finds its own batch, also where a dense pass (DPO's reference, an evaluation) came in between. Attention
 comes first in every block, so what it opens holds for the MLP behind it.
 
+That is the reference path. Where it can, a training forward takes the fast path instead (fast.py): the causal LM's
+`forward`, on this instance, is stood in for, and computes the same loss and gradients from the rows that matter. What
+it cannot do it names, and the forward goes through the modules as above; `SparseHandle.paths` counts both.
+
 A forward is dense in eval mode, without labels, with a key/value cache (generate), with adapters disabled or merged,
 in the first steps of the schedule, and where no context token is left. It never depends on grad mode: reentrant
 checkpointing runs its forward under no_grad.
@@ -26,8 +30,9 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -37,23 +42,40 @@ from elision.errors import InputError
 from elision.sparselora import tokens
 from elision.sparselora.choices import BlockChoices, Kept, SparseBatch
 from elision.sparselora.factors import Factors, estimated
+from elision.sparselora.fast import Fast
 from elision.sparselora.plan import ModelFacts, SparsityPlan
 from elision.sparselora.reference import MaskedLinear
+from elision.sparselora.rows import Elisions, Rows, arrange
+from elision.sparselora.tokens import TokenKinds
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 _ARGUMENT = "elision_sparse_batch"
+Route = Literal["auto", "reference", "fast"]
 logger = logging.getLogger(__name__)
 
 
-def sparsify(model: nn.Module, plan: SparsityPlan, factors: Factors | str | Path | None = None) -> SparseHandle:
+def sparsify(
+    model: nn.Module,
+    plan: SparsityPlan,
+    factors: Factors | str | Path | None = None,
+    *,
+    path: Route = "auto",
+    elisions: Elisions | None = None,
+) -> SparseHandle:
     """Make the LoRA fine-tuning of `model` sparse as `plan` says (METHODS section 1), until the handle is removed.
+
+    On the fast path a training forward with labels returns its loss and no logits: `output.logits` is None there,
+    unless `elisions` asks for them. Forwards without labels, in eval mode or in generate are the model's own.
 
     Args:
         model: a PEFT model with LoRA adapters, or a transformers model with such adapters added.
         plan: what each layer leaves out.
         factors: of the SVD estimator, or the path of their file; None: computed here, if the plan needs them.
+        path: "auto" takes the fast path where it applies and the reference elsewhere; "fast" raises where it does
+            not apply; "reference" never takes it.
+        elisions: what the fast path leaves out although that is exact; None: all of it.
 
     Raises:
         InputError: an uncovered family, a plan or factors for another model, no adapter to train, an adapter or base
@@ -61,6 +83,8 @@ def sparsify(model: nn.Module, plan: SparsityPlan, factors: Factors | str | Path
     """
     if not isinstance(plan, SparsityPlan):
         raise InputError(f"plan is a {type(plan).__name__}, not a SparsityPlan: use SparsityPlan.load(path)")
+    if path not in get_args(Route):
+        raise InputError(f"path {path!r} is not known: use one of {', '.join(get_args(Route))}")
     view = blocks.decoder(model)
     if reason := blocks.refusal(view.model.config, "sparselora"):
         raise InputError(reason)
@@ -71,7 +95,19 @@ def sparsify(model: nn.Module, plan: SparsityPlan, factors: Factors | str | Path
     if any(estimated(plan, block.index, name) for block in view.blocks for name in block.projections):
         factors = factors or Factors.compute(model, plan.rank, plan)
         factors.check(view, plan)
-    return SparseHandle(view, plan, factors)
+    return SparseHandle(view, plan, factors, path, elisions or Elisions())
+
+
+def lossless(model: nn.Module, elisions: Elisions | None = None, *, path: Route = "auto") -> SparseHandle:
+    """Make the LoRA fine-tuning of `model` leave out what changes nothing (rows.py), and be dense otherwise.
+
+    The same handle as `sparsify` gives, under a plan without sparsity: the baseline that sparsity is measured against.
+    No schedule is needed.
+
+    Raises:
+        InputError: as `sparsify`.
+    """
+    return sparsify(model, SparsityPlan.uniform(model, 0.0, dense_steps=0.0), path=path, elisions=elisions)
 
 
 class SparseHandle:
@@ -80,12 +116,16 @@ class SparseHandle:
     Attributes:
         schedule: callback for transformers' Trainer that keeps the first steps dense.
         forwards: how many forwards were "sparse" and how many dense, by reason.
+        paths: how many training forwards were "fast", and how many took the reference, by reason.
         kept: channels kept in the latest sparse forward, by (layer, projection).
     """
 
-    def __init__(self, view: blocks.Decoder, plan: SparsityPlan, factors: Factors | None) -> None:
+    def __init__(
+        self, view: blocks.Decoder, plan: SparsityPlan, factors: Factors | None, path: Route, elisions: Elisions
+    ) -> None:
         self.plan = plan
         self.forwards: Counter[str] = Counter()
+        self.paths: Counter[str] = Counter()
         self.schedule = _schedule(self)
         self.draws = 0  # sparse forwards so far: the control "random" draws by it
         self._view = view
@@ -96,8 +136,15 @@ class SparseHandle:
         self._signature = inspect.signature(type(view.model).forward)
         self._exchanged: list[tuple[nn.Module, str, nn.Linear, MaskedLinear]] = []
         self._hooks: list[Any] = []
+        self._choices: list[BlockChoices] = []
+        self._path: Route = path
+        self._fast: Fast | None = None
+        self._forward: _Forward | None = None
+        self._step: tuple[dict[str, Any], Rows, SparseBatch | None] | None = None  # what the fast path is to compute
         try:
             self._exchange(factors)
+            if path != "reference":
+                self._stand_in(elisions)
         except BaseException:
             self.remove()
             raise
@@ -124,6 +171,11 @@ class SparseHandle:
         """Put the model back as it was, bit for bit; does nothing the second time."""
         while self._hooks:
             self._hooks.pop().remove()
+        if self._forward is not None and vars(self._view.model).get("forward") is self._forward:
+            del self._view.model.forward
+        if self._fast is not None:
+            self._fast.remove()
+        self._forward = self._fast = self._step = None
         originals = {id(masked): base for _, _, base, masked in self._exchanged}
         holders = [holder for holder, *_ in self._exchanged]
         for module in [*self._view.model.modules(), *holders]:  # merging moves a base; its old holder keeps it too
@@ -154,6 +206,8 @@ class SparseHandle:
             line += "; removed"
         if self.forwards:
             line += "; forwards so far: " + ", ".join(f"{count} {what}" for what, count in self.forwards.most_common())
+        if self.paths:
+            line += "; training paths: " + ", ".join(f"{count} {what}" for what, count in self.paths.most_common())
         return line
 
     def _exchange(self, factors: Factors | None) -> None:
@@ -166,6 +220,7 @@ class SparseHandle:
         ]
         for block in self._view.blocks:
             choices = BlockChoices(block, self.plan, factors)
+            self._choices.append(choices)
             maps: dict[tuple[nn.Module, str], dict[str, slice | None]] = {}
             for name, projection in block.projections.items():
                 if self.plan.sparsity(block.index, name) > 0:
@@ -177,17 +232,49 @@ class SparseHandle:
                 setattr(holder, attribute, masked)
             self._hooks.append(block.attention.register_forward_pre_hook(partial(_open, choices), with_kwargs=True))
 
+    def _stand_in(self, elisions: Elisions) -> None:
+        """Put a forward in front of the model's own that can take the fast path."""
+        fast = Fast(self._view, self._choices, elisions, {hook.id for hook in self._hooks})
+        reason = fast.obstacle()
+        if "forward" in vars(self._view.model):
+            reason = "a replaced forward of the model"
+        if reason is not None and self._path == "fast":
+            raise InputError(_uncovered(reason))
+        if "forward" not in vars(self._view.model):
+            self._fast, self._forward = fast, _Forward(self)
+            self._view.model.forward = self._forward
+
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._batch = None
+        self._batch = self._step = None
         call = self._signature.bind_partial(model, *args, **kwargs).arguments
-        rows, reason = self._sparse_rows(model, {**call.pop("kwargs", {}), **call})
+        call = {**call.pop("kwargs", {}), **call}
+        call.pop("self")
+        kinds, rows, reason = self._decide(model, call)
         self.forwards[f"dense ({reason})" if rows is None else "sparse"] += 1
         if rows is not None:
             self._batch = self._latest = SparseBatch(rows, self.draws, dict(self._held or {}))
             self.draws += 1
+        if kinds is not None and self._path != "reference":
+            if (obstacle := self._obstacle(call)) is None:
+                assert self._fast is not None
+                rest = [None if call.get(n) is None else call[n].cpu() for n in ("attention_mask", "position_ids")]
+                arranged = arrange(kinds, call["labels"].cpu(), rest[0], rest[1], rows, self._fast.elisions)
+                self._step = (call, arranged, self._batch)
+            elif self._path == "fast":
+                raise InputError(_uncovered(obstacle))
+            else:
+                self.paths[f"reference ({obstacle})"] += 1
+
+    def _obstacle(self, call: dict[str, Any]) -> str | None:
+        """Why this training forward takes the reference; None: it does not."""
+        if torch.compiler.is_compiling():
+            return "torch.compile"
+        if self._fast is None or vars(self._view.model).get("forward") is not self._forward:
+            return "a replaced forward of the model"
+        return self._fast.obstacle() or self._fast.call_obstacle(call)
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        self._batch = None
+        self._batch = self._step = None
 
     def _hand_over(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         return None if self._batch is None else (args, {**kwargs, _ARGUMENT: self._batch})
@@ -196,28 +283,31 @@ class SparseHandle:
         if self._batch is not None and not self._batch.opened:
             raise RuntimeError(f"{type(stack).__name__} hands no keyword arguments to its attention: cannot be sparse")
 
-    def _sparse_rows(self, model: nn.Module, call: dict[str, Any]) -> tuple[Tensor | None, str]:
-        """Mask of the sparse tokens (batch, sequence), or None and the reason why this forward is dense."""
+    def _decide(self, model: nn.Module, call: dict[str, Any]) -> tuple[TokenKinds | None, Tensor | None, str]:
+        """Kinds of the tokens of a training forward with a loss (None: it is none), mask of its sparse tokens
+        (batch, sequence), and where that is None the reason why this forward is dense; on the CPU.
+        """
         if not model.training:
-            return None, "eval mode"
+            return None, None, "eval mode"
         if call.get("labels") is None:
-            return None, "no labels in the call"
+            return None, None, "no labels in the call"
         if call.get("past_key_values") is not None:
-            return None, "a key/value cache in the call"
+            return None, None, "a key/value cache in the call"
         if reason := _idle(model):
-            return None, reason
+            return None, None, reason
+        given = [call.get(name) for name in ("labels", "attention_mask", "position_ids")]
+        kinds = tokens.classify(*(None if tensor is None else tensor.cpu() for tensor in given))  # type: ignore[arg-type]
+        if not bool(kinds.loss_bearing.any()):
+            return None, None, "no label to predict"
         if self._done is None and self.plan.dense_steps > 0:
             self._warn_unscheduled()
-            return None, "the schedule was never told a step"
+            return kinds, None, "the schedule was never told a step"
         if (self._done or 0.0) < self.plan.dense_steps:
-            return None, "first steps"
-        kinds = tokens.classify(call["labels"], call.get("attention_mask"), call.get("position_ids"))
+            return kinds, None, "first steps"
         rows = kinds.kept if self.plan.dense_outputs else (kinds.context | kinds.dense) & ~kinds.elided
-        if not bool(kinds.loss_bearing.any()):
-            return None, "no label to predict"
         if not bool(rows.any()):
-            return None, "no context token before an output token"
-        return rows, ""
+            return kinds, None, "no context token before an output token"
+        return kinds, rows, ""
 
     def _warn_unscheduled(self) -> None:
         if not any(what.endswith("never told a step)") for what in self.forwards):
@@ -226,6 +316,27 @@ class SparseHandle:
                 "to the Trainer, or call handle.step(done) in your loop",
                 stacklevel=2,
             )
+
+
+class _Forward:
+    """Stands at the causal LM's `forward`: the fast path where the handle has set a step, the model's own elsewhere."""
+
+    def __init__(self, handle: SparseHandle) -> None:
+        self.handle = handle
+        self.original = handle._view.model.forward
+        self.__signature__ = inspect.signature(self.original)  # Trainer and generate read it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        handle = self.handle
+        step, handle._step = handle._step, None
+        if step is None or handle._fast is None:
+            return self.original(*args, **kwargs)
+        handle.paths["fast"] += 1
+        return handle._fast.forward(*step)
+
+
+def _uncovered(obstacle: str) -> str:
+    return f"path='fast' does not cover {obstacle}: use path='auto', which takes the reference there"
 
 
 def _open(choices: BlockChoices, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

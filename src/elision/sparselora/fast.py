@@ -12,6 +12,7 @@ Nothing is remembered between steps but the weights' layout, so what changes mea
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ from elision.sparselora.reference import MaskedLinear
 from elision.sparselora.rows import Elisions, Rows
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
+
+SAMPLE = (
+    256  # context rows, evenly spaced, that the SVD estimator's FFN score reads: it needs products, not a Gram matrix
+)
 
 _READ = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"}
 _HARMLESS: dict[str, tuple] = {"use_cache": (False,), "return_dict": (True,), "logits_to_keep": (0,)}
@@ -87,7 +92,7 @@ class Fast:
         for name, module in layer.named_modules():
             if "forward" in vars(module):
                 return f"a replaced forward of {name or 'the layer'}"
-            if any(set(getattr(module, kind)) - self.own for kind in _HOOKS):
+            if _hooked(module, self.own):
                 return f"a hook on {name or 'the layer'}"
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.requires_grad and id(parameter) not in adapters:
@@ -123,10 +128,13 @@ class Fast:
         with torch.autocast(weight.device.type, enabled=False):
             h = self._embed(call, rows).to(weight.dtype)
             cos, sin = self._angles(call, rows, h)
+            last = len(view.blocks) - 1 if self.elisions.last_block else -1
+            if batch is not None and rows.sparse > rows.total - rows.bearing:
+                last = -1  # the ablation with sparse outputs, where every row has a say in the last block's channels
             for block, weights in zip(view.blocks, self.layout.weights, strict=True):
                 assert weights is not None
-                last = self.elisions.last_block and block.index == len(view.blocks) - 1
-                h = self._block(block, weights, h, rows, rows.bearing if last else rows.total, (cos, sin), batch)
+                asked = rows.bearing if block.index == last else rows.total
+                h = self._block(block, weights, h, rows, asked, (cos, sin), batch)
             return self._output(call, rows, h)
 
     def _embed(self, call: dict[str, Any], rows: Rows) -> Tensor:
@@ -160,10 +168,10 @@ class Fast:
         angles: tuple[Tensor, Tensor],
         batch: SparseBatch | None,
     ) -> Tensor:
-        """Output of the last `asked` rows of a block; the others give keys and values only."""
+        """Output of the last `asked` rows of a block, all of them or dense ones; the others give keys and values."""
         choices, width, dimension = self.choices[block.index], block.heads * block.head_dim, block.head_dim
         sparse = rows.sparse
-        still = max(0, sparse - (rows.total - asked))  # sparse rows among those asked
+        still = sparse if asked == rows.total else 0  # sparse rows among those asked
         norm = _norm(block.attention_norm)
         bias = stacked_bias([block.q, block.k, block.v])
         mine = h if asked == rows.total else h[rows.total - asked :]
@@ -217,7 +225,7 @@ class Fast:
             )
             return CausalLMOutputWithPast(loss=loss, logits=logits)
         h, head = h[len(h) - rows.bearing :], view.lm_head
-        if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()) and not _hooked(head):
+        if type(head) is nn.Linear and "forward" not in vars(head) and not (head.weight.requires_grad or _hooked(head)):
             assert view.final_norm is not None
             x = view.final_norm(h)
             total = head_loss(x, head.weight.detach(), head.bias, rows.targets, view.logits_scaling)
@@ -239,14 +247,17 @@ def _choose(choices: BlockChoices, batch: SparseBatch | None, names: tuple[str, 
     plan, block, index = choices.plan, choices.block, choices.block.index
     if batch is None or all(plan.sparsity(index, name) == 0 for name in names):
         return None
-    group = batch
 
     def choose(x: Tensor) -> Tensor:
         kept, start = [], 0
+        if names == ("up",) and plan.selection == "svd":
+            x = x[:: -(-len(x) // SAMPLE)]
+        if batch.kept.keys().isdisjoint((index, name) for name in names):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))  # once for all scores
         for name in names:
             size = block.projections[name].out_features
             sparse = plan.sparsity(index, name) > 0
-            own = choices.kept_in(group, name, lambda: x) if sparse else torch.arange(size, device=x.device)
+            own = choices.kept_in(batch, name, lambda: x) if sparse else torch.arange(size, device=x.device)
             kept.append(own + start)
             start += size
         return kept[0] if len(kept) == 1 else torch.cat(kept)
@@ -304,8 +315,12 @@ def _active(module: LoraLinear) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def _hooked(module: nn.Module) -> bool:
-    return "forward" in vars(module) or any(getattr(module, kind) for kind in _HOOKS)
+def _hooked(module: Any, own: Set[int] = frozenset()) -> bool:
+    """Whether a hook waits for this module to be called, other than `own` and those that transformers leaves behind
+    where hidden states were once asked for, which do nothing unless they are asked for again.
+    """
+    hooks = [hook for kind in _HOOKS for number, hook in getattr(module, kind).items() if number not in own]
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 
 
 def _norm(module: Any) -> Norm:

@@ -1,0 +1,511 @@
+"""The fast path of `sparsify` against its reference: equal loss and gradients, the same handle, named fall-backs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from elision import blocks
+from elision.errors import InputError
+from elision.sparselora import Elisions, SparsityPlan, lossless, mlp, rows, sparsify
+from tests.sparselora import tiny
+
+COVERED = ["llama", "llama-mha", "mistral", "qwen2", "qwen3", "granite", "phi3"]
+TARGETS = {
+    "all": tiny.ALL,
+    "attention": tiny.ATTENTION,
+    "q and v": r".*\.(q_proj|v_proj|qkv_proj)",
+    "mlp": r".*\.(up_proj|down_proj|gate_up_proj)",
+    "layer 1": r".*\.1\..*\.(q_proj|o_proj|qkv_proj|gate_proj)",
+}
+Result = tuple[Tensor, dict[str, Tensor]]
+
+
+def turns(left: bool = False) -> dict[str, Tensor]:
+    """Rows of several turns, with unread tails and a row without any target."""
+    inputs = tiny.batch((5, 3, 4, 9), (4, 3, 1, 2), left)
+    if not left:
+        inputs["labels"][0, 6:8] = -100
+        inputs["labels"][1, 5:] = -100
+        inputs["labels"][2] = -100
+    return inputs
+
+
+def packed() -> dict[str, Tensor]:
+    """Three sequences in one row, told apart by their positions."""
+    padded = tiny.batch((6, 3, 4), (3, 2, 4))
+    lengths = padded["attention_mask"].sum(1).tolist()
+    joined = {
+        name: torch.cat([padded[name][row, :length] for row, length in enumerate(lengths)])[None]
+        for name in ("input_ids", "labels")
+    }
+    return {**joined, "position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
+
+
+def holed() -> dict[str, Tensor]:
+    """Masked tokens in the midst of rows."""
+    inputs = tiny.batch((6, 7), (3, 4))
+    inputs["attention_mask"][0, 2] = inputs["attention_mask"][1, 1] = inputs["attention_mask"][1, 4] = 0
+    return inputs
+
+
+BATCHES: dict[str, Any] = {
+    "right": turns,
+    "left": lambda: turns(left=True),
+    "packed": packed,
+    "holes": holed,
+    "full": lambda: {name: t for name, t in tiny.batch((5, 6), (3, 2)).items() if name != "attention_mask"},
+    "sum of losses": lambda: {**turns(), "num_items_in_batch": torch.tensor(23)},
+}
+
+
+def run(model: Any, inputs: dict[str, Any], path: Any, plan: SparsityPlan, **settings: Any) -> Result:
+    """Loss and gradients of one forward and backward that is sure to have taken `path`."""
+    with sparsify(model, plan, path=path, **settings) as handle:
+        result = tiny.loss_and_gradients(model, **inputs)
+        assert handle.paths == ({"fast": 1} if path == "fast" else {})
+    return result
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("family", COVERED)
+def test_equal_to_the_reference_for_every_family_and_adapter(family: str, targets: str) -> None:
+    model, inputs = tiny.lora(family, TARGETS[targets]), turns()
+    plan = tiny.plan(model, 0.6)
+    expected = run(model, inputs, "reference", plan)
+    assert tiny.close(run(model, inputs, "fast", plan), expected)
+    assert not tiny.close(run(model, inputs, "fast", tiny.plan(model, 0.3)), expected, 1e-6)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # without and with a sliding window
+def test_equal_to_the_reference_for_every_kind_of_batch(family: str, batch: str) -> None:
+    model, inputs = tiny.lora(family), BATCHES[batch]()
+    plan = tiny.plan(model, 0.6)
+    assert tiny.close(run(model, inputs, "fast", plan), run(model, inputs, "reference", plan))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"parts": ("ffn",)},
+    {"parts": ("qk",)},
+    {"parts": ("vo",)},
+    {"layers": (1,)},
+    {"rotary_pairs": True},
+    {"selection": "svd", "rank": 2},
+    {"selection": "random"},
+    {"selection": "no-ffn"},
+    {"dense_outputs": False},
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_equal_to_the_reference_for_every_kind_of_plan(setting: dict[str, Any]) -> None:
+    for targets in (tiny.ALL, tiny.ATTENTION):
+        model, inputs = tiny.lora("llama", targets), turns()
+        plan = tiny.plan(model, 0.6, **setting)
+        assert tiny.close(run(model, inputs, "fast", plan), run(model, inputs, "reference", plan))
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(Elisions)])
+@pytest.mark.parametrize("batch", ["right", "left", "packed"])
+def test_every_elision_is_exact_alone_and_together(name: str, batch: str) -> None:
+    model, inputs = tiny.lora(), BATCHES[batch]()
+    model.enable_input_require_grads()
+    plan = tiny.plan(model, 0.6)
+    expected = run(model, inputs, "reference", plan)
+    alone = Elisions(**{item.name: item.name == name for item in fields(Elisions)})
+    others = Elisions(**{item.name: item.name != name for item in fields(Elisions)})
+    for elisions in (alone, others):
+        assert tiny.close(run(model, inputs, "fast", plan, elisions=elisions), expected)
+
+
+@pytest.mark.parametrize("family", COVERED)
+def test_lossless_is_dense_fine_tuning(family: str) -> None:
+    model, inputs = tiny.lora(family), turns()
+    dense = tiny.loss_and_gradients(model, **inputs)
+    with lossless(model) as handle:
+        assert tiny.close(tiny.loss_and_gradients(model, **inputs), dense)
+        assert handle.paths == {"fast": 1} and handle.kept == {}
+    with sparsify(model, tiny.plan(model, 0.6, dense_steps=0.5), path="fast") as handle:
+        handle.step(0.0)
+        assert tiny.close(tiny.loss_and_gradients(model, **inputs), dense)
+        assert handle.forwards == {"dense (first steps)": 1} and handle.paths == {"fast": 1}
+
+
+def test_what_is_elided() -> None:
+    """Counted in rows that reach a module of the model: embeddings, final norm."""
+    model, inputs = tiny.lora(), turns()
+    view, seen = blocks.decoder(model), {}
+    assert view.final_norm is not None
+    for name, module in (("embedded", view.embeddings), ("normed", view.final_norm)):
+
+        def count(_: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
+            seen[name] = output.numel() // output.shape[-1]
+
+        module.register_forward_hook(count)
+    everything = inputs["labels"].numel()
+    real = int(inputs["attention_mask"].sum())
+    bearing = int((inputs["labels"][:, 1:] != -100).sum())
+    read = sum(max([0, *(row != -100).nonzero().flatten().tolist()]) for row in inputs["labels"])
+    expected = {
+        Elisions(): (read, bearing),
+        Elisions(tail=False): (real, bearing),
+        Elisions(tail=False, padding=False): (everything, bearing),
+        Elisions(padding=False): (everything - (real - read), bearing),
+        Elisions(logits=False): (real, real),
+    }
+    assert len(set(expected.values())) == 5
+    for elisions, counts in expected.items():
+        with lossless(model, elisions) as handle:
+            output = model(**inputs)
+            assert (seen["embedded"], seen["normed"]) == counts and handle.paths == {"fast": 1}
+            assert (output.logits is None) == elisions.logits
+
+
+def test_all_logits_on_demand() -> None:
+    model, inputs = tiny.lora(), turns()
+    with tiny.InDouble():
+        expected = model(**inputs)
+        with lossless(model, Elisions(logits=False)):
+            output = model(**inputs)
+    real = inputs["attention_mask"] != 0
+    assert torch.allclose(output.logits[real], expected.logits[real], rtol=1e-12, atol=1e-12)
+    assert bool((output.logits[~real] == 0).all())
+
+
+def test_context_rows_compute_kept_channels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[tuple[int, int]] = []
+    right = mlp._hidden
+
+    def measured(gate_up: Tensor, activation: Any) -> Tensor:
+        widths.append((len(gate_up), gate_up.shape[1] // 2))
+        return right(gate_up, activation)
+
+    monkeypatch.setattr(mlp, "_hidden", measured)
+    model, inputs = tiny.lora("llama", tiny.ATTENTION), tiny.batch()
+    with sparsify(model, tiny.plan(model, 0.75), path="fast"):
+        model(**inputs)
+    assert widths == [(6, 10), (5, 40), (5, 40)]  # context, dense; in the last block loss-bearing tokens only
+
+
+class Watch(TorchDispatchMode):
+    """What a device would have to be waited for: reading a value, counting by a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_", "index_put", "_index_put_impl_") and any(
+            isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]
+        )
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique_consecutive"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("selection", ["svd", "oracle"])
+def test_the_step_waits_for_no_device(selection: Any) -> None:
+    model, inputs = tiny.lora(), turns()
+    for path in ("fast", "reference"):
+        with sparsify(model, tiny.plan(model, 0.6, selection=selection), path=path) as handle:
+            if path == "fast":
+                assert handle._fast is not None
+                right = handle._fast.forward
+                watch = Watch()
+
+                def watched(*args: Any, right: Any = right, watch: Watch = watch) -> Any:
+                    with watch:
+                        output = right(*args)
+                        output.loss.backward()
+                    return output
+
+                handle._fast.forward = watched  # type: ignore[method-assign]
+                model(**inputs)
+                assert watch.seen == []
+            else:
+                with Watch() as watch:  # it does see the reference's
+                    model(**inputs)
+                assert watch.seen
+
+
+def test_low_precision_errs_no_more_than_plain_pytorch() -> None:
+    errors: dict[str, float] = {}
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    inputs = tiny.batch((11, 9, 14), (6, 7, 3))
+    double, low = tiny.lora(**shape), tiny.lora(dtype=torch.bfloat16, **shape)
+    plan = tiny.plan(double, 0.6)
+    with sparsify(double, plan, path="reference") as handle:
+        exact, kept = tiny.loss_and_gradients(double, **inputs), handle.kept
+    for path in ("reference", "fast"):
+        with sparsify(low, plan, path=path) as handle:
+            handle.hold(kept)
+            loss = low(**inputs).loss
+            loss.backward()
+            gradients = tiny.gradients(low)
+        errors[path] = sum(float((g.double() - exact[1][n]).square().sum()) for n, g in gradients.items()) ** 0.5
+        errors[f"{path} loss"] = abs(float(loss.detach()) - float(exact[0]))
+    assert errors["fast"] <= 2 * errors["reference"]
+    assert errors["fast loss"] <= 2 * errors["reference loss"] + 2**-8 * float(exact[0])
+    assert errors["reference"] > 1e-4 * sum(float(g.square().sum()) for g in exact[1].values()) ** 0.5
+
+
+def test_single_precision_adapters_on_a_low_precision_base() -> None:
+    """PEFT's default: factors in fp32, with fp32 gradients."""
+    model = tiny.lora(dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    with sparsify(model, tiny.plan(model), path="fast"):
+        model(**turns()).loss.backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16), sparsify(model, tiny.plan(model), path="fast") as handle:
+        model(**turns()).loss.backward()
+        assert handle.paths == {"fast": 1}
+
+
+@pytest.mark.parametrize("family", COVERED)
+def test_removal_leaves_the_model_as_it_was_bit_for_bit(family: str) -> None:
+    model, inputs = tiny.lora(family), turns()
+    before, names = tiny.bits(model), list(model.state_dict())
+    identities = [id(p) for p in model.parameters()]
+    strides = {name: tensor.stride() for name, tensor in model.state_dict().items()}
+    dense = tiny.loss_and_gradients(model, **inputs)
+    handle = sparsify(model, tiny.plan(model), path="fast")
+    tiny.loss_and_gradients(model, **inputs)
+    assert list(model.state_dict()) == names and tiny.bits(model) == before
+    assert {name: tensor.stride() for name, tensor in model.state_dict().items()} != strides  # laid out by rows
+    handle.remove()
+    assert tiny.bits(model) == before and [id(p) for p in model.parameters()] == identities
+    assert {name: tensor.stride() for name, tensor in model.state_dict().items()} == strides
+    assert "forward" not in vars(model.get_base_model())
+    assert tiny.close(tiny.loss_and_gradients(model, **inputs), dense, 0.0)
+
+
+def test_weights_are_not_copied() -> None:
+    model = tiny.lora("llama", tiny.ATTENTION)
+
+    def held() -> int:
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+        return sum(storages.values())
+
+    before = held()
+    with sparsify(model, tiny.plan(model), path="fast") as handle:
+        model(**turns())
+        assert held() == before
+        assert handle._fast is not None
+        ours = {t.untyped_storage().data_ptr() for w in handle._fast.layout.weights for t in vars(w).values()}
+        assert ours <= {p.untyped_storage().data_ptr() for p in model.parameters()} and len(ours) == 8
+
+
+def test_saving_while_fast(tmp_path: Path) -> None:
+    model = tiny.lora(dtype=torch.float32)
+    inner = model.get_base_model()
+    inner.save_pretrained(tmp_path / "before")
+    with sparsify(model, tiny.plan(model), path="fast"):
+        model(**turns())
+        inner.save_pretrained(tmp_path / "during")
+        model.save_pretrained(tmp_path / "adapter")
+    from safetensors.torch import load_file
+
+    before, during = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "during"))
+    assert before.keys() == during.keys() and all(torch.equal(before[name], during[name]) for name in before)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_model_that_moves_or_is_replaced_meanwhile_is_laid_out_again() -> None:
+    model, inputs = tiny.lora(), turns()
+    plan = tiny.plan(model)
+    with sparsify(model, plan, path="fast") as handle:
+        expected = tiny.loss_and_gradients(model, **inputs)
+        model.to(torch.float32).to(torch.float64)
+        base = blocks.decoder(model).blocks[0].q.base
+        base.weight = nn.Parameter(base.weight.detach() * 2, requires_grad=False)
+        doubled = tiny.loss_and_gradients(model, **inputs)
+        assert not tiny.close(doubled, expected, 1e-6)
+        assert handle.paths == {"fast": 2}
+    assert tiny.close(run(model, inputs, "reference", plan), doubled)
+
+
+def test_a_copy_is_its_own() -> None:
+    model, inputs = tiny.lora(), turns()
+    with sparsify(model, tiny.plan(model), path="fast"):
+        expected = tiny.loss_and_gradients(model, **inputs)
+        twin = copy.deepcopy(model)
+    assert "forward" in vars(twin.get_base_model())
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight.zero_()
+    assert tiny.close(tiny.loss_and_gradients(twin, **inputs), expected)
+
+
+def test_eval_generate_and_disabled_adapters_take_the_models_own_way() -> None:
+    model, inputs = tiny.lora(), tiny.batch()
+    ids = {"input_ids": inputs["input_ids"][:1, :5], "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    expected = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    signature = inspect.signature(model.get_base_model().forward)
+    with sparsify(model, tiny.plan(model), path="fast") as handle:
+        assert inspect.signature(model.get_base_model().forward) == signature
+        assert torch.equal(model.generate(**ids, max_new_tokens=5, do_sample=False), expected)
+        assert model.eval()(**inputs).logits.shape == (2, 8, tiny.VOCABULARY)
+        model.train()
+        with model.disable_adapter():
+            assert model(**inputs).logits is not None
+        assert handle.paths == {}
+        assert model(**inputs).logits is None
+        assert handle.summary().endswith("; training paths: 1 fast")
+
+
+def obstacles() -> dict[str, Any]:
+    def dropout(model: Any) -> None:
+        blocks.decoder(model).blocks[0].k.module.lora_dropout["default"] = nn.Dropout(0.1)  # type: ignore[index,operator]
+
+    def second(model: Any) -> None:
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        model.base_model.set_adapter(["default", "other"])
+
+    def eager(model: Any) -> None:
+        model.get_base_model().set_attn_implementation("eager")
+
+    def hook(model: Any) -> None:
+        blocks.decoder(model).blocks[1].mlp.register_forward_hook(lambda *_: None)
+
+    def norm(model: Any) -> None:
+        next(p for n, p in model.named_parameters() if "layers.1.input_layernorm" in n).requires_grad_(True)
+
+    def own_loss(model: Any) -> None:
+        model.get_base_model().loss_function = lambda logits, labels, **_: logits.float().square().mean()
+
+    def attention_dropout(model: Any) -> None:
+        model.get_base_model().config.attention_dropout = 0.1
+
+    def replaced(model: Any) -> None:
+        module = blocks.decoder(model).blocks[0].mlp
+        module.forward = module.forward
+
+    return {
+        "LoRA dropout at k in layer 0": dropout,
+        "adapters default, other at once at q in layer 0": second,
+        "attention implementation eager": eager,
+        "a hook on mlp in layer 1": hook,
+        "trained parameters of input_layernorm in layer 1": norm,
+        "a loss function of its own": own_loss,
+        "dropout in the model": attention_dropout,
+        "a replaced forward of mlp in layer 0": replaced,
+        "gradient checkpointing in layer 0": lambda model: tiny.checkpoint(model, False),
+    }
+
+
+@pytest.mark.parametrize("reason", obstacles())
+def test_what_is_not_covered_takes_the_reference_by_name(reason: str) -> None:
+    model, inputs = tiny.lora(), turns()
+    plan = tiny.plan(model)
+    with sparsify(model, plan) as handle:
+        model(**inputs)
+        obstacles()[reason](model)  # seen in the forward
+        output = model(**inputs)
+        assert handle.paths == {"fast": 1, f"reference ({reason})": 1}
+        assert output.logits is not None
+        output.loss.backward()
+        assert f"1 reference ({reason})" in handle.summary()
+    with pytest.raises(InputError, match=r"path='fast' does not cover .*: use path='auto'"):
+        sparsify(model, plan, path="fast")
+    assert "forward" not in vars(model.get_base_model())
+
+
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in COVERED])
+def test_other_families_take_the_reference_by_name(family: str) -> None:
+    model, inputs = tiny.lora(family), turns()
+    with sparsify(model, tiny.plan(model)) as handle:
+        result = tiny.loss_and_gradients(model, **inputs)
+        assert list(handle.paths) == [f"reference ({blocks.decoder(model).family.name} blocks)"]
+    assert tiny.close(run(model, inputs, "reference", tiny.plan(model)), result, 0.0)
+
+
+def test_calls_that_ask_for_more_take_the_reference_by_name() -> None:
+    model, inputs = tiny.lora(), tiny.batch(left=True)
+    everything = {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+    joined = packed()
+    joined["labels"] = joined["input_ids"].clone()
+    calls = {
+        "output_hidden_states": {**inputs, "output_hidden_states": True},
+        "use_cache": {**inputs, "use_cache": True},
+        "return_dict": {**inputs, "return_dict": False},
+        "a target at or after a masked position": everything,
+        "a target at the start of a packed sequence": joined,
+    }
+    for reason, call in calls.items():
+        with sparsify(model, tiny.plan(model)) as handle:
+            model(**call)
+            named = reason if reason.startswith("a target") else f"{reason} in the call"
+            assert handle.paths == {f"reference ({named})": 1}
+        with sparsify(model, tiny.plan(model), path="fast"), pytest.raises(InputError, match=reason):
+            model(**call)
+
+
+def test_autocast_to_another_precision_takes_the_reference_by_name() -> None:
+    model = tiny.lora(dtype=torch.float32)
+    with sparsify(model, tiny.plan(model)) as handle, torch.autocast("cpu", torch.bfloat16):
+        model(**turns())
+        assert handle.paths == {"reference (autocast from float32 to bfloat16)": 1}
+
+
+def test_a_forward_replaced_later_takes_the_reference() -> None:
+    model, inputs = tiny.lora(), turns()
+    inner = model.get_base_model()
+    expected = run(model, inputs, "reference", tiny.plan(model))
+    with sparsify(model, tiny.plan(model)) as handle:
+        ours = inner.forward
+        inner.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+        assert tiny.close(tiny.loss_and_gradients(model, **inputs), expected, 0.0)
+        assert handle.paths == {"reference (a replaced forward of the model)": 1}
+    assert "forward" in vars(inner)  # theirs
+
+
+def test_trained_head_and_embeddings_get_their_gradients() -> None:
+    model, inputs = tiny.lora(), turns()
+    for name, parameter in model.named_parameters():
+        if "lm_head" in name or "embed_tokens" in name or name.endswith("model.norm.weight"):
+            parameter.requires_grad_(True)
+    expected = run(model, inputs, "reference", tiny.plan(model))
+    assert len([name for name in expected[1] if "lora_" not in name]) == 3
+    assert tiny.close(run(model, inputs, "fast", tiny.plan(model)), expected)
+
+
+def test_embeddings_given_by_the_caller_get_their_gradient() -> None:
+    model, inputs = tiny.lora(), turns()
+    found = []
+    for path in ("reference", "fast"):
+        given = model.get_base_model().get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+        call = {**{name: t for name, t in inputs.items() if name != "input_ids"}, "inputs_embeds": given}
+        run(model, call, path, tiny.plan(model))
+        found.append(given.grad)
+    assert torch.allclose(found[0], found[1], rtol=1e-11, atol=1e-13) and bool(found[0].any())
+
+
+def test_an_unknown_path_is_refused() -> None:
+    model = tiny.lora()
+    with pytest.raises(InputError, match="path 'quick' is not known: use one of auto, reference, fast"):
+        sparsify(model, tiny.plan(model), path="quick")  # type: ignore[arg-type]
+
+
+def test_a_row_order_that_is_wrong_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny.lora(), turns()
+    expected = run(model, inputs, "reference", tiny.plan(model))
+    right = rows.arrange
+
+    def one_too_many(*args: Any) -> rows.Rows:
+        found = right(*args)
+        return rows.Rows(**{**vars(found), "sparse": found.sparse + 1})
+
+    monkeypatch.setattr("elision.sparselora.apply.arrange", one_too_many)
+    assert not tiny.close(run(model, inputs, "fast", tiny.plan(model)), expected, 1e-6)
