@@ -17,23 +17,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 from transformers.distributed import DistributedConfig
 
+from elision.blocks import decoder
 from elision.errors import InputError
 from elision.spd import SyncPlan, save
+from elision.spd.corrections import attach
 from elision.spd.runtimes import ranks as run
 from elision.spd.runtimes import transformers as runtime
 from tests.spd.tiny import left_padded, tiny, token_ids
 
-Case = tuple[str, dict[str, Any], tuple[int, ...]]  # family, sizes, dropped blocks
+Case = tuple[str, dict[str, Any], SyncPlan]  # family, sizes, plan
 NEW = 8  # tokens generated
 
 
-def checkpoint(place: Path, family: str, plan: SyncPlan | None, **sizes: Any) -> Path:
-    """Write a tiny model in float32, as a checkpoint that carries `plan` if there is one."""
+def model_of(family: str, plan: SyncPlan, **sizes: Any) -> Any:
+    """A tiny model in float32, with random corrections where `plan` names some; the same at every call."""
     model = tiny(family, dtype=torch.float32, **sizes)
-    if plan is None:
-        model.save_pretrained(place)
-        return place
-    return save(model, plan, place)
+    generator = torch.Generator().manual_seed(5)
+    for index, kind in plan.corrections.items():
+        for parameter in attach(decoder(model).blocks[index], kind, plan.ranks).parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def checkpoint(place: Path, family: str, plan: SyncPlan, **sizes: Any) -> str:
+    """Write that model as a checkpoint that carries `plan`."""
+    return str(save(model_of(family, plan, **sizes), plan, place))
 
 
 Task = tuple[Callable[..., Any], tuple[Any, ...]]  # called on every rank with its number first

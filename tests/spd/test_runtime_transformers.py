@@ -12,7 +12,7 @@ from elision.errors import InputError
 from elision.spd import SyncPlan, simulate
 from elision.spd.runtimes import transformers as runtime
 from tests.spd import served
-from tests.spd.served import Case, checkpoint, greedy, log_probabilities
+from tests.spd.served import Case, checkpoint, greedy, log_probabilities, model_of
 from tests.spd.tiny import CONFIGS, FAMILIES, tiny, token_ids
 
 ALL = (0, 1, 2)
@@ -20,9 +20,19 @@ SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size"
 WIDE = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
 OPT = {"num_attention_heads": 4}
 CASES: dict[int, list[Case]] = {
-    2: [(family, OPT if family == "opt" else SIZES, (0, 2)) for family in FAMILIES if family != "phi3"]
-    + [("phi3", {**SIZES, "intermediate_size": 40}, ALL), ("llama", SIZES, ()), ("opt", OPT, ALL)],
-    4: [("llama", WIDE, ALL), ("qwen2", WIDE, (1,)), ("opt", OPT, (0, 1)), ("phi3", WIDE, (2,))],
+    2: [(family, OPT if family == "opt" else SIZES, SyncPlan(2, (0, 2))) for family in FAMILIES if family != "phi3"]
+    + [
+        ("phi3", {**SIZES, "intermediate_size": 40}, SyncPlan(2, ALL, corrections={1: "local_o"})),
+        ("llama", SIZES, SyncPlan(2, ALL, corrections={0: "constant", 1: "gain", 2: "local_o"}, healed=(0,))),
+        ("llama", SIZES, SyncPlan(2)),
+        ("opt", OPT, SyncPlan(2, ALL, corrections={2: "local_o"})),
+    ],
+    4: [
+        ("llama", WIDE, SyncPlan(4, ALL, corrections={0: "gain"})),
+        ("qwen2", WIDE, SyncPlan(4, (1,))),
+        ("opt", OPT, SyncPlan(4, (0, 1))),
+        ("phi3", WIDE, SyncPlan(4, (2,))),
+    ],
 }
 
 
@@ -32,12 +42,10 @@ def runs(tmp_path_factory):
     room = tmp_path_factory.mktemp("served")
 
     def make(name: str, family: str, plan: SyncPlan, **sizes: Any) -> str:
-        return str(checkpoint(room / name, family, plan, **sizes))
+        return checkpoint(room / name, family, plan, **sizes)
 
     def cases(ranks: int) -> served.Task:
-        made = [
-            make(f"{ranks}-{i}", f, SyncPlan(ranks, dropped), **s) for i, (f, s, dropped) in enumerate(CASES[ranks])
-        ]
+        made = [make(f"{ranks}-{i}", family, plan, **sizes) for i, (family, sizes, plan) in enumerate(CASES[ranks])]
         return served.serve, (made,)
 
     empty, full = make("empty", "llama", SyncPlan(2), **SIZES), make("full", "llama", SyncPlan(2, ALL), **SIZES)
@@ -59,21 +67,24 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", CASES)
 def test_ranks_agree_with_the_simulation(ranks, runs):
-    for (family, sizes, dropped), *seen in zip(CASES[ranks], *runs[ranks]["serve"], strict=True):
-        model = tiny(family, dtype=torch.float32, **sizes)
+    for (family, sizes, plan), *seen in zip(CASES[ranks], *runs[ranks]["serve"], strict=True):
+        model = model_of(family, plan, **sizes)
         with torch.no_grad():
             dense = log_probabilities(model)
-            with simulate(model, SyncPlan(ranks, dropped)):
+            with simulate(model, plan):
                 expected = log_probabilities(model)
                 tokens = greedy(lambda batch, model=model, **options: model.generate(**batch, **options))
         for rank in seen:
-            where = f"{family} {dropped}"
+            where = f"{family} {plan.to_dict()}"
             assert torch.equal(rank["log_probabilities"], seen[0]["log_probabilities"]), where
             assert (rank["log_probabilities"] - expected).abs().max() < 5e-6, where
             assert torch.equal(rank["tokens"], tokens), where
-            assert rank["syncs"] == 2 * model.config.num_hidden_layers - len(dropped), where
-        if dropped:
+            assert rank["syncs"] == 2 * model.config.num_hidden_layers - len(plan.dropped), where
+        if plan.dropped:
             assert (expected - dense).abs().max() > 1e-3, family
+        if plan.corrections:
+            with torch.no_grad(), simulate(model, SyncPlan(ranks, plan.dropped)):
+                assert (expected - log_probabilities(model)).abs().max() > 1e-3, family
 
 
 def test_an_empty_plan_is_transformers_own_parallelism_and_a_dropped_one_can_be_removed(runs):
@@ -145,7 +156,12 @@ def test_a_healed_checkpoint_loads_with_its_own_plan_alone(tmp_path):
         ("llama", {}, SyncPlan(6), "6 ranks cannot share 3 key/value heads in transformers, which holds each"),
         ("llama", {**WIDE, "intermediate_size": 38}, SyncPlan(4), "size 38 over 4 ranks into shards"),
         ("llama", {"intermediate_size": 39}, SyncPlan(3), "this run has 1: start it with torchrun --nproc-per-node 3"),
-        ("llama", {}, SyncPlan(1, (1,), corrections={1: "gain"}), "plan corrects block 1 by gain, which only the sim"),
+        (
+            "llama",
+            {},
+            SyncPlan(1, int8=(1,)),
+            "plan uses int8, which only the simulation runs: run it with elision.spd.",
+        ),
         ("gemma2", {}, SyncPlan(1), "SPD does not cover this Gemma 2 model: its sandwich norms"),
     ],
 )

@@ -7,18 +7,26 @@ serving the dense model.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from elision.errors import InputError
-from elision.families import TREATED, attention_shape, check_ranks, intermediate_size, refusal
+from elision.families import TREATED, attention_shape, check_ranks, intermediate_size, model_path, refusal
+from elision.spd.corrections import NAME
 from elision.spd.plan import ModelFacts, SyncPlan
+
+# What of a plan the runtimes carry out; a plan that says more is refused, whatever it is.
+KNOWN = {"version", "ranks", "dropped", "healed", "corrections", "model", "calibration"}
 
 
 def plan_of(config: PretrainedConfig, where: str = "the model's config") -> SyncPlan:
     """The plan that `config` carries, checked against the model that it describes.
 
     Raises:
-        InputError: it carries none, or one that is broken, for another model or with corrections.
+        InputError: it carries none, or one that is broken, for another model, or asks for what is not served.
     """
     carried = getattr(config, "spd_plan", None)
     if carried is None:
@@ -45,8 +53,26 @@ def check_fits(config: PretrainedConfig, plan: SyncPlan) -> None:
     plan.check(
         ModelFacts(model_type, text.num_hidden_layers, heads, kv_heads, head_dim, text.hidden_size, intermediate)
     )
-    for block, kind in plan.corrections.items():
-        raise InputError(
-            f"plan corrects block {block} by {kind}, which only the simulation runs: heal the block instead, "
-            "or run it with elision.spd.load"
-        )
+    if unknown := sorted(set(plan.to_dict()) - KNOWN):
+        raise InputError(f"plan uses {unknown[0]}, which only the simulation runs: run it with elision.spd.load")
+
+
+def corrections_of(source: str | Path, plan: SyncPlan) -> dict[int, dict[str, Tensor]]:
+    """The corrections that `plan` names, from the checkpoint's safetensors: block to name to tensor.
+
+    Raises:
+        InputError: the checkpoint lacks one of them.
+    """
+    found: dict[int, dict[str, Tensor]] = {index: {} for index in plan.corrections}
+    if not found:
+        return {}
+    for file in sorted(Path(model_path(source)).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118, it is no mapping
+                layer, _, name = key.partition(f".{NAME}.")
+                if name and (index := int(layer.rpartition(".")[2])) in found:
+                    found[index][name] = tensors.get_tensor(key)
+    for index, kind in plan.corrections.items():
+        for name in {"constant", kind} - set(found[index]):
+            raise InputError(f"{source} lacks block {index}'s correction {name}, which its plan names: save it again")
+    return found

@@ -2,17 +2,14 @@
 
     torchrun --nproc-per-node 2 serve.py        # model = load("model-spd"); generate(model, ids, max_new_tokens=64)
 
-transformers shards the weights as it reads them and puts a parallel style on every projection. Ours differs from its
-row-parallel style in one thing: on a module that carries a mark it hands out the rank's partial product, without
-bias and without sync. `drop_syncs` marks both row-parallel projections of each planned block and gives the block's
-layer a forward of block.py's form, with the only all-reduce in it:
+transformers shards the weights as it reads them, gives every projection a forward that sums or gathers over the ranks
+where its layout asks for it, and computes on each rank the attention of that rank's own heads. `drop_syncs` leaves all
+of this alone but for planned blocks: there the output projection hands the heads through, and the layer's forward is
+block.py's SPD block on the rank's own shards, with one all-reduce in all. Every rank adds the same numbers to the same
+sum, so all ranks go on with the same bits.
 
-    P_i = attention(norm(X))    u_i = X + r (P_i + b)    Z_i = MLP(norm(u_i))    X + r (all_reduce(P_i + Z_i) + b + c)
-
-Every rank adds the same numbers to the same all-reduced sum, so all ranks go on with the same bits. transformers plans
-styles for all layers alike, which is why the style covers every block and the marks say where it acts. OPT, which
-has no plan of its own there, gets one. Phi-3's is changed: transformers gathers its fused gate and up projections on
-every rank, where each rank must see the product of its own input; they are split instead.
+Two families need help. OPT has no parallel plan in transformers, so it gets one. Phi-3's is changed: transformers
+gathers its fused gate and up projections on every rank, where each rank must see its own input's; they are split.
 
 What is not supported is refused by name: fewer key/value heads than ranks, which transformers does not replicate,
 and an intermediate size that it would split other than the plan's simulation did.
@@ -20,7 +17,7 @@ and an intermediate size that it would split other than the plan's simulation di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -29,35 +26,22 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, RowwiseParallel
 
-from elision.blocks import Block, decoder, load_config, model_path
+from elision.blocks import Block, Projection, decoder, load_config, model_path
 from elision.errors import InputError
 from elision.families import attention_shape, family_of, intermediate_size
-from elision.spd.block import add_residual, shard
+from elision.spd.block import LocalBlock, shard, span, spd_block
+from elision.spd.corrections import NAME as CORRECTION
 from elision.spd.plan import SyncPlan
 from elision.spd.runtimes import ranks
-from elision.spd.runtimes.checkpoint import check_fits, plan_of
+from elision.spd.runtimes.checkpoint import check_fits, corrections_of, plan_of
 
 TIMEOUT = 10.0  # seconds that a rank waits for another within one all-reduce
-STYLE, SPLIT_STYLE = "elision_rowwise", "elision_rowwise_split_input"  # the second one's input is whole on every rank
-_MARK = "_elision_partial"
 _LIMIT = "_elision_timeout"
-
-
-class PartialRowwise(RowwiseParallel):
-    """transformers' row-parallel style, but without sync and bias on a module that is marked."""
-
-    def should_use_local_tensors(self, module: nn.Module) -> bool:
-        """A marked module multiplies plain tensors, so that its partial product is one."""
-        return hasattr(module, _MARK) or super().should_use_local_tensors(module)
-
-    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: Any) -> Tensor:
-        """The rank's partial product of a marked module, the sum over ranks with bias of any other."""
-        return output if hasattr(module, _MARK) else super().transform_output_post_forward(module, output, mesh)
+_CORRECTIONS = "_elision_corrections"
 
 
 def load(
@@ -90,6 +74,7 @@ def load(
     model = _load_parallel(source, config, plan.ranks, dtype)
     ranks.limit(timeout, *_groups(model))
     setattr(model, _LIMIT, timeout)
+    setattr(model, _CORRECTIONS, corrections_of(source, plan))
     drop_syncs(model, plan)
     return model
 
@@ -121,15 +106,20 @@ def generate(model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], **op
 class DroppedSyncs:
     """Handle of dropped syncs, also a context manager; removing it restores transformers' own tensor parallelism."""
 
-    def __init__(self, marked: list[nn.Module], layers: list[nn.Module]) -> None:
-        self._marked, self._layers = marked, layers
+    def __init__(self) -> None:
+        self._replaced: list[tuple[nn.Module, Any]] = []
+
+    def _replace(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        self._replaced.append((module, vars(module).get("forward")))  # transformers' own, or none
+        module.forward = forward
 
     def remove(self) -> None:
         """Give every block its first sync back. Safe to call twice."""
-        while self._marked:
-            delattr(self._marked.pop(), _MARK)
-        while self._layers:
-            del self._layers.pop().forward
+        while self._replaced:
+            module, forward = self._replaced.pop()
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
     def __enter__(self) -> Self:
         return self
@@ -142,57 +132,91 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
     """Leave out the planned blocks' first sync in a model that `load` read, until the returned handle is removed.
 
     Raises:
-        InputError: the plan does not fit the model or its number of ranks, or a block's sync is dropped already.
+        InputError: the plan does not fit the model or its number of ranks, corrects a block for which the checkpoint
+            has no correction, or a block's sync is dropped already.
     """
     check_fits(model.config, plan)
     size = getattr(model, "_tp_size", None) or 1
     if size != plan.ranks:
         raise InputError(f"plan is for {plan.ranks} ranks, the model is shared by {size}: calibrate for {size} ranks")
-    view = decoder(model)
-    handle = DroppedSyncs([], [])
+    handle = DroppedSyncs()
     if size == 1:  # one rank has all heads: nothing is lost and nothing to leave out
         return handle
+    view = decoder(model)
+    corrections = getattr(model, _CORRECTIONS)
+    if missing := sorted(set(plan.corrections) - set(corrections)):
+        raise InputError(f"plan corrects block {missing[0]}, the checkpoint does not: use the plan that it carries")
     blocks = [view.blocks[index] for index in plan.dropped]
     for block in blocks:
         if "forward" in vars(block.layer):
             raise InputError(f"block {block.index}'s forward is replaced already: remove what did it first")
     group = _groups(model)[0]
+    rank = dist.get_rank(group)
+
+    def all_reduce(share: Tensor) -> Tensor:
+        dist.all_reduce(share, group=group)
+        return share
+
     for block in blocks:
-        for projection in (block.o, block.down):
-            setattr(projection.module, _MARK, True)
-            handle._marked.append(projection.module)
-        block.layer.forward = partial(_spd_layer, block, _bias(block.o), _bias(block.down), group)
-        handle._layers.append(block.layer)
+        own = span(shard(rank, size, block.heads, block.kv_heads, block.intermediate_size).heads, block.head_dim)
+        correction = corrections[block.index] if block.index in plan.corrections else {}
+        local = _local_block(block, rank, own, correction)
+        gathered = own if block.q.rows is not None else None  # fused: each rank has the heads of all
+        handle._replace(block.layer, partial(_spd_layer, block, local, gathered, all_reduce))
+        handle._replace(block.o.module, _identity)
     return handle
 
 
 def _spd_layer(
     block: Block,
-    o_bias: Tensor | None,
-    down_bias: Tensor | None,
-    group: dist.ProcessGroup,
+    local: LocalBlock,
+    own: slice | None,
+    all_reduce: Callable[[Tensor], Tensor],
     hidden_states: Tensor,
     **kwargs: Any,
 ) -> Tensor:
     """The decoder layer's forward with one sync: (batch, sequence, hidden) to the same, equal on every rank."""
-    assert block.attention_norm is not None and block.mlp_norm is not None
-    share = block.attention(hidden_states=block.attention_norm(hidden_states), **kwargs)[0]
-    u = add_residual(hidden_states, share, block.residual_multiplier, o_bias)
-    total = share + _mlp(block, block.mlp_norm(u))
-    dist.all_reduce(total, group=group)
-    return add_residual(hidden_states, total, block.residual_multiplier, o_bias, down_bias)
+    assert block.attention_norm is not None
+    heads = block.attention(hidden_states=block.attention_norm(hidden_states), **kwargs)[0]
+    return spd_block(hidden_states, heads if own is None else heads[..., own], local, all_reduce)
 
 
-def _mlp(block: Block, h: Tensor) -> Tensor:
-    """The MLP's partial product; OPT's is no module of its own."""
-    if block.mlp is not block.layer:
-        return block.mlp(h)
-    return block.down.module(block.activation(block.up.module(h)))
+def _identity(input: Tensor) -> Tensor:
+    return input
 
 
-def _bias(projection: Any) -> Tensor | None:
-    bias = projection.module.bias
-    return bias.to_local() if isinstance(bias, DTensor) else bias
+def _local_block(block: Block, rank: int, own: slice, correction: Mapping[str, Tensor]) -> LocalBlock:
+    """This rank's part of a block after its attention, as plain tensors that share memory with the shards."""
+    gate, gate_bias = (None, None) if block.gate is None else _shard(block.gate, first=True)
+    up, up_bias = _shard(block.up, first=False)
+    (o, o_bias), (down, down_bias) = _shard(block.o), _shard(block.down)
+    assert up is not None and o is not None and down is not None and block.mlp_norm is not None
+    rows = {name: correction[name][rank] for name in ("constant", "gain") if name in correction}
+    return LocalBlock(
+        o=o,
+        up=up,
+        down=down,
+        norm=block.mlp_norm,
+        activation=block.activation,
+        gate=gate,
+        up_bias=up_bias,
+        gate_bias=gate_bias,
+        o_bias=o_bias,
+        down_bias=down_bias,
+        residual_multiplier=block.residual_multiplier,
+        mlp_o=correction["local_o"][:, own] if "local_o" in correction else None,
+        mlp_gain=rows.get("gain"),
+        mlp_constant=rows.get("constant"),
+    )
+
+
+def _shard(projection: Projection, first: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias that this rank holds; of a fused pair of projections, the first or second half of the rows."""
+    module = projection.module
+    held = [t.to_local() if isinstance(t, DTensor) else t for t in (module.weight, module.bias)]
+    if projection.rows is not None:
+        held = [t if t is None else t.chunk(2)[0 if first else 1] for t in held]
+    return held[0], held[1]
 
 
 def _groups(model: PreTrainedModel) -> list[dist.ProcessGroup]:
@@ -254,14 +278,12 @@ def _load_parallel(
     source: str | Path, config: PretrainedConfig, size: int, dtype: torch.dtype | str
 ) -> PreTrainedModel:
     """The model with this rank's shards of its weights, all syncs in place."""
-    styles: Any = ALL_PARALLEL_STYLES
-    styles.register(STYLE, PartialRowwise())
-    styles.register(SPLIT_STYLE, PartialRowwise(input_layouts=Replicate()))
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # A subclass for the time of loading, because only a class can say which tensors of a checkpoint are not its own.
+    loader: Any = type(kind.__name__, (kind,), {"_keys_to_ignore_on_load_unexpected": [rf"\.{CORRECTION}\."]})
     parallel = DistributedConfig(tp_size=size, tp_plan=_styles(config))
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path(source), config=config, dtype=dtype, distributed_config=parallel
-    )
-    parallel.tp_plan = None  # a style of ours must not reach a saved config
+    model = loader.from_pretrained(model_path(source), config=config, dtype=dtype, distributed_config=parallel)
+    model.__class__ = kind
     if config.model_type == "opt":  # its attention counts heads by an attribute
         for block in decoder(model).blocks:
             attention: Any = block.attention
@@ -276,7 +298,7 @@ def _styles(config: PretrainedConfig) -> dict[str, str]:
     mlp = layer if family.mlp is None else f"{layer}.{family.mlp}"
     fused = len(set(family.qkv)) == 1
     styles = {f"{layer}.self_attn.{name}": "colwise_gather_output" if fused else "colwise" for name in family.qkv}
-    styles[f"{layer}.self_attn.{family.o}"] = SPLIT_STYLE if fused else STYLE
+    styles[f"{layer}.self_attn.{family.o}"] = "rowwise_split_input" if fused else "rowwise"
     packed = len(set(family.gate_up)) == 1
     styles |= {f"{mlp}.{name}": "packed_colwise" if packed else "colwise" for name in family.gate_up if name}
-    return styles | {f"{mlp}.{family.down}": STYLE}
+    return styles | {f"{mlp}.{family.down}": "rowwise"}

@@ -82,6 +82,11 @@ class CheckPlan:
             raise InputError(
                 f"quantization {model.quantization} has not been tested with SPD: serve without --quantization"
             )
+        if plan.corrections:
+            raise InputError(
+                f"plan corrects block {min(plan.corrections)}, which the vLLM plugin does not do: heal it instead, or "
+                "serve with transformers"
+            )
         passes = vllm_config.compilation_config.pass_config
         if getattr(passes, "enable_sp", False):
             raise InputError("enable_sp splits the residual stream that SPD keeps whole: turn off sequence parallelism")
