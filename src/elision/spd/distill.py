@@ -34,12 +34,13 @@ from torch import Tensor, nn
 from elision import files
 from elision.blocks import Block, Decoder
 from elision.errors import InputError
+from elision.progress import progress
 from elision.spd.activations import Source, sources
 from elision.spd.artifact import Treated
 from elision.spd.corrections import Correction, correction_of
 from elision.spd.plan import SyncPlan
 from elision.spd.simulate import check_plain, covered, facts
-from elision.spd.streams import Batch, check_batches, evaluating, fingerprint, hash_tensor, progress, step
+from elision.spd.streams import Batch, check_batches, evaluating, fingerprint, hash_tensor, step
 
 BETAS = (0.9, 0.95)
 WARMUP = 0.05  # share of the steps

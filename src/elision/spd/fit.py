@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from elision.blocks import Block
 from elision.errors import InputError
+from elision.progress import progress
 from elision.spd.activations import Source, sources
 from elision.spd.artifact import Treated
 from elision.spd.block import attention_share
 from elision.spd.corrections import attach, correction_of, detach
 from elision.spd.plan import CORRECTIONS, SyncPlan
 from elision.spd.simulate import Simulation, check_plain, covered, facts, head_outputs, local_block
-from elision.spd.streams import Batch, check_batches, evaluating, progress, step
+from elision.spd.streams import Batch, check_batches, evaluating, step
 
 RIDGE = 1e-4  # of M_i - Wo_i, in units of the mean square of A_i's channels: keeps directions that hardly occur
 

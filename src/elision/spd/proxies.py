@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from elision.blocks import Decoder
 from elision.errors import InputError
+from elision.progress import progress
 from elision.spd.sensitivity import sensitivity
 from elision.spd.simulate import check_plain, covered
 from elision.spd.streams import (
@@ -33,7 +34,6 @@ from elision.spd.streams import (
     losses,
     next_tokens,
     perplexities,
-    progress,
     step,
 )
 

@@ -21,7 +21,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 from elision import files
 from elision.blocks import Block, Decoder
 from elision.errors import InputError
+from elision.progress import progress
 from elision.spd.corrections import Correction
 from elision.spd.simulate import Simulation, check_plain
 
@@ -256,14 +256,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def progress(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on the terminal's error stream; yields what moves it on."""
-    from rich.console import Console  # not at import: a serving process may not have rich
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        yield partial(bar.advance, bar.add_task(title, total=total))
