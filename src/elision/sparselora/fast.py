@@ -89,14 +89,19 @@ class Fast:
             weight = projection.base.weight
             if weight.dtype != dtype or weight.device != device:
                 return f"{name} of another dtype or device than q of layer 0"
-        for name, module in layer.named_modules():
-            if "forward" in vars(module):
-                return f"a replaced forward of {name or 'the layer'}"
+        waiting: list[Any] = [layer]
+        while waiting:  # by hand: named_modules takes several times as long, in every forward
+            module = waiting.pop()
+            if module is None:
+                continue
+            if "forward" in module.__dict__:
+                return f"a replaced forward of {_place(layer, module)}"
             if _hooked(module, self.own):
-                return f"a hook on {name or 'the layer'}"
+                return f"a hook on {_place(layer, module)}"
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.requires_grad and id(parameter) not in adapters:
-                    return f"trained parameters of {name}"
+                    return f"trained parameters of {_place(layer, module)}"
+            waiting.extend(module._modules.values())
         return None
 
     def call_obstacle(self, call: dict[str, Any]) -> str | None:
@@ -145,7 +150,8 @@ class Fast:
             h = view.embeddings(call["input_ids"].flatten().index_select(0, rows.order)[None])[0]
             if self.elisions.inputs and not any(p.requires_grad for p in view.embeddings.parameters()):
                 h = h.detach()  # enable_input_require_grads asks for a gradient that nothing reads
-        return h * getattr(view.config, "embedding_multiplier", 1.0)
+        multiplier = getattr(view.config, "embedding_multiplier", 1.0)
+        return h if multiplier == 1.0 else h * multiplier
 
     def _angles(self, call: dict[str, Any], rows: Rows, h: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (T, rotary_dim) of each row, by the model's own module on the positions of the batch."""
@@ -319,8 +325,15 @@ def _hooked(module: Any, own: Set[int] = frozenset()) -> bool:
     """Whether a hook waits for this module to be called, other than `own` and those that transformers leaves behind
     where hidden states were once asked for, which do nothing unless they are asked for again.
     """
-    hooks = [hook for kind in _HOOKS for number, hook in getattr(module, kind).items() if number not in own]
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    for kind in _HOOKS:
+        for number, hook in module.__dict__[kind].items():
+            if number not in own and getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+                return True
+    return False
+
+
+def _place(layer: nn.Module, module: nn.Module) -> str:
+    return next(name for name, found in layer.named_modules() if found is module) or "the layer"
 
 
 def _norm(module: Any) -> Norm:
