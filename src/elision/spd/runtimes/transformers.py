@@ -212,8 +212,8 @@ def _local_block(block: Block, rank: int, own: slice, correction: Mapping[str, T
 
 def _shard(projection: Projection, first: bool = True) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias that this rank holds; of a fused pair of projections, the first or second half of the rows."""
-    module = projection.module
-    held = [t.to_local() if isinstance(t, DTensor) else t for t in (module.weight, module.bias)]
+    module: Any = projection.module
+    held: list[Any] = [t.to_local() if isinstance(t, DTensor) else t for t in (module.weight, module.bias)]
     if projection.rows is not None:
         held = [t if t is None else t.chunk(2)[0 if first else 1] for t in held]
     return held[0], held[1]

@@ -87,6 +87,8 @@ class CheckPlan:
                 f"plan corrects block {min(plan.corrections)}, which the vLLM plugin does not do: heal it instead, or "
                 "serve with transformers"
             )
+        if config.model_type.removeprefix(TREATED) == "qwen3" and config.attention_bias:
+            raise InputError("attention_bias is set, but vLLM leaves out Qwen3's output bias: serve with transformers")
         passes = vllm_config.compilation_config.pass_config
         if getattr(passes, "enable_sp", False):
             raise InputError("enable_sp splits the residual stream that SPD keeps whole: turn off sequence parallelism")
