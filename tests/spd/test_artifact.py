@@ -113,7 +113,7 @@ def test_shards_and_tokenizer_and_generation_settings_come_back(tmp_path, monkey
 def test_the_card_has_plan_data_command_and_results(tmp_path):
     model = tiny("llama")
     measured = Calibration("0123456789abcdef", (0.1, 0.2, 0.3), (0, 2, 1), (9.0, 9.1, 9.25, 12.0), {"elision": "0.1.0"})
-    plan = SyncPlan(3, (0, 2), {2: "constant"}, (0,), facts(decoder(model)), measured)
+    plan = SyncPlan(3, (0, 2), {2: "constant"}, (0,), model=facts(decoder(model)), calibration=measured)
     corrections.attach(decoder(model).blocks[2], "constant", 3)
     spd.save(model, plan, tmp_path / "out", command="elision spd heal model", results={"Recovery": "87%"})
     text = (tmp_path / "out" / "README.md").read_text()
