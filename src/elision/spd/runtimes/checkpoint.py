@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from elision.errors import InputError
 from elision.families import TREATED, attention_shape, check_ranks, intermediate_size, model_path, refusal
@@ -36,23 +36,29 @@ def plan_of(config: PretrainedConfig, where: str = "the model's config") -> Sync
     return plan
 
 
+def family_config(config: PretrainedConfig) -> PretrainedConfig:
+    """`config` under its family's model_type, which that of a treated checkpoint names behind a prefix."""
+    family = config.model_type.removeprefix(TREATED)
+    if family == config.model_type:
+        return config
+    return CONFIG_MAPPING[family].from_dict({**config.to_dict(), "model_type": family})
+
+
 def check_fits(config: PretrainedConfig, plan: SyncPlan) -> None:
     """Pass where SPD's maths covers the model, `plan` was made for it, and its ranks can share and run it.
 
     Raises:
         InputError: one of them is not so.
     """
+    config = family_config(config)
     if reason := refusal(config, "spd"):
         raise InputError(reason)
     text = config.get_text_config()
     check_ranks(text, plan.ranks)
     heads, kv_heads, head_dim = attention_shape(text)
     intermediate = intermediate_size(text)
-    # A treated checkpoint's config may be of a class of its own, whose model_type says so (vllm.py).
-    model_type = text.model_type.removeprefix(TREATED)
-    plan.check(
-        ModelFacts(model_type, text.num_hidden_layers, heads, kv_heads, head_dim, text.hidden_size, intermediate)
-    )
+    sizes = (text.num_hidden_layers, heads, kv_heads, head_dim, text.hidden_size, intermediate)
+    plan.check(ModelFacts(text.model_type, *sizes))
     if unknown := sorted(set(plan.to_dict()) - KNOWN):
         raise InputError(f"plan uses {unknown[0]}, which only the simulation runs: run it with elision.spd.load")
 

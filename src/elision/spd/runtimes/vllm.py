@@ -18,7 +18,7 @@ from typing import Any
 
 from elision.errors import InputError
 from elision.families import TREATED, intermediate_size
-from elision.spd.runtimes.checkpoint import plan_of
+from elision.spd.runtimes.checkpoint import family_config, plan_of
 
 TESTED = "0.32.0"  # the versions of vLLM that our tests run against
 
@@ -65,7 +65,7 @@ class CheckPlan:
                 that changes what the plan was made for.
         """
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        config = model.hf_config
+        config = family_config(model.hf_config)
         plan = plan_of(config, f"config.json of {model.model}")
         size = parallel.tensor_parallel_size
         if size != plan.ranks:
@@ -87,7 +87,7 @@ class CheckPlan:
                 f"plan corrects block {min(plan.corrections)}, which the vLLM plugin does not do: heal it instead, or "
                 "serve with transformers"
             )
-        if config.model_type.removeprefix(TREATED) == "qwen3" and config.attention_bias:
+        if config.model_type == "qwen3" and config.attention_bias:
             raise InputError("attention_bias is set, but vLLM leaves out Qwen3's output bias: serve with transformers")
         passes = vllm_config.compilation_config.pass_config
         if getattr(passes, "enable_sp", False):
