@@ -129,9 +129,8 @@ def evaluate(
     with nullcontext() if planned is None else spd.simulate(loaded, planned):
         found = evaluate.perplexity(loaded, batches)
     scored = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
-    typer.echo(
-        json.dumps({"perplexity": found, "tokens": scored}) if as_json else f"{found:.4f} over {scored:,} tokens"
-    )
+    line = f"perplexity {found:.4f} over {scored:,} tokens"
+    typer.echo(json.dumps({"perplexity": found, "tokens": scored}) if as_json else line)
 
 
 @sparselora.command()

@@ -29,12 +29,12 @@ from elision.progress import progress
 FAMILY = "bus"
 TASK = (
     "Each problem tells, among the possessions of many people, how many people were in a bus, got on and got off, and "
-    "asks how many are left. The model was never trained on this family; the test's phrasings and numbers are new too."
+    "asks how many are left. The model was never trained on this family; the test's numbers were held out as well."
 )
-TRAIN_PROBLEMS = 1200
+TRAIN_PROBLEMS = 1440
 TEST_PROBLEMS = 300
 BATCH = 16
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 CHECKPOINTS = 4  # per fine-tuning run
 RANKS = (2, 4, 8)
 MAX_LOSS = 0.01
@@ -86,7 +86,7 @@ def run(out: Path, seed: int = 0, threads: int | None = None) -> Path:
     page = report.write(out)
     for table in report.summary_tables(results):
         console.print(table)
-    console.print(f"\nThe whole story, with plots: [bold]{page.resolve()}[/bold]")
+    console.print(f"\nThe whole story, with plots: [bold]{page.resolve()}[/bold]", soft_wrap=True)
     return page
 
 
@@ -203,18 +203,20 @@ class _Journal:
         self.plan = plan
         self.shape, self.adapters = flops.Shape.of(model), flops.adapters_of(model)
         self.batch: dict[str, Any] = {}
-        model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self.padded = True
+        model.register_forward_hook(self._see, with_kwargs=True)
 
-    def _see(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _see(self, model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.batch = kwargs
+        self.padded = output.logits is not None  # the fast step makes none, and computes no padding
 
     def _flops(self, done: float) -> float:
-        """Of the batch at hand as Hugging Face computes it, padding and all; sparse after the dense first steps."""
+        """Of the batch at hand as it was computed; sparse after the dense first steps."""
         from elision.sparselora import flops, tokens
 
         kinds = tokens.classify(self.batch["labels"], self.batch["attention_mask"])
         plan = self.plan if self.plan is not None and done >= self.plan.dense_steps else None
-        return flops.step(self.shape, flops.Workload.of(kinds, padded=True), self.adapters, plan).total()
+        return flops.step(self.shape, flops.Workload.of(kinds, padded=self.padded), self.adapters, plan).total()
 
     def callback(self) -> Any:
         from transformers import TrainerCallback

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elision.errors import InputError
-from elision.families import load_config, model_path
+from elision.families import load_config, model_path, refusal
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -21,11 +21,11 @@ def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from elision.blocks import decoder
-
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r} is not known: use {', '.join(_DTYPES)}")
-    load_config(source)
+    config = load_config(source)
+    if reason := refusal(config, "sparselora"):  # the wider of the two methods: what it cannot view, neither can
+        raise InputError(reason)
     name = model_path(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
@@ -33,7 +33,6 @@ def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise InputError(
             f"weights of model {source} cannot be read ({_line(error)}): fetch or save it again"
         ) from error
-    decoder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:

@@ -4,8 +4,8 @@ Every problem states many facts about many people and asks about a few of them, 
 without the context; the numbers are drawn anew each time, so that no answer is more than a few per cent likely.
 `FAMILIES` is what the embedded model is trained on, `NEW_FAMILIES` what it has never seen and is fine-tuned on.
 
-Two things are held out of the "train" split and make up the "test" split: the last phrasings of every sentence
-(`held_out` of `_phrase`), and every combination of deciding numbers that falls in one residue class out of five.
+Two things are held out of the "train" split: every combination of deciding numbers that falls in one residue class out
+of five, which the "test" split is made of; and the last phrasing of every sentence, which "rephrased" uses on top.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from elision.errors import InputError
 
-Split = Literal["train", "test"]
+Split = Literal["train", "test", "rephrased"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 NAMES: list[str] = str.split(
     "Ada Alan Amos Anna Asa Beth Boris Carl Cora Dana Dora Edith Elmer Emma Enid Erik Eva Faye Felix Finn Flora Fred "
@@ -63,8 +64,8 @@ class _Writer:
         self.things = rng.sample(THINGS, 6)
 
     def phrase(self, *phrasings: str, held_out: int = 1, **slots: object) -> str:
-        """One of the phrasings, filled in; the last `held_out` of them belong to the test split alone."""
-        pool = phrasings[:-held_out] if self.split == "train" else phrasings[-held_out:]
+        """One of the phrasings, filled in; the last `held_out` of them belong to the split "rephrased" alone."""
+        pool = phrasings[-held_out:] if self.split == "rephrased" else phrasings[:-held_out]
         return self.rng.choice(pool).format(**slots)
 
     def numbers(self, *ranges: tuple[int, int], where: Callable[..., bool] = lambda *_: True) -> tuple[int, ...]:
@@ -72,7 +73,7 @@ class _Writer:
         while True:
             drawn = tuple(self.rng.randint(low, high) for low, high in ranges)
             held_out = sum((31, 17, 13)[i] * n for i, n in enumerate(drawn)) % 5 == 0
-            if where(*drawn) and held_out == (self.split == "test"):
+            if where(*drawn) and held_out == (self.split != "train"):
                 return drawn
 
     def possession(self, who: str, number: int, thing: str) -> str:
@@ -409,7 +410,7 @@ def problem(
     """Problem number `index` of a seed and split, its family drawn evenly from `families`.
 
     `distractors` bounds how many facts beside the point a training problem keeps: short pages teach to look things
-    up, long ones to do it among many. The test's pages are always long.
+    up, long ones to do it among many. The other splits' pages are always long.
 
     Raises:
         InputError: an unknown family or split.
@@ -418,8 +419,8 @@ def problem(
     for family in families:
         if family not in known:
             raise InputError(f"family {family!r} is not a problem family: take one of {', '.join(known)}")
-    if split not in ("train", "test"):
-        raise InputError(f"split {split!r} is neither 'train' nor 'test': name one of them")
+    if split not in SPLITS:
+        raise InputError(f"split {split!r} is not known: use one of {', '.join(SPLITS)}")
     rng = random.Random(f"{seed}/{split}/{index}")
     return known[rng.choice(families)](_Writer(rng, split, distractors))
 

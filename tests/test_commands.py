@@ -1,0 +1,140 @@
+"""The commands as a user types them: what they leave behind, and one line with exit code 2 where input is bad."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from elision import reference_model
+from elision.cli import app
+from elision.sparselora import SparsityPlan
+from elision.spd import SyncPlan
+
+TRAIN = ["sparselora", "train", "reference", "--sparsity", "0.5"]
+CALIBRATE = ["spd", "calibrate", "reference", "--rows", "2", "--tokens", "32"]
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("def add(a, b):\n    return a + b\n" * 40)
+    return path
+
+
+def test_calibrate_then_eval_under_the_plan(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "plan.json"
+    code, said, _ = run(*CALIBRATE, "--text", text, "--ranks", 4, "--drop", 0.5, "--out", out)
+    assert code == 0 and "6 of 12 blocks" in said
+    assert len(SyncPlan.load(out).dropped) == 6
+    scores = []
+    for options in ([], ["--plan", out]):
+        code, said, _ = run("eval", "reference", "--text", text, "--rows", 2, "--tokens", 32, "--json", *options)
+        assert code == 0
+        scores.append(json.loads(said)["perplexity"])
+    found = SyncPlan.load(out).calibration
+    assert found is not None
+    assert scores[0] != scores[1]
+    assert scores == pytest.approx([found.perplexities[0], found.perplexities[6]], rel=1e-4)
+
+
+def test_train_then_eval_with_the_adapter(tmp_path: Path, text: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Count to three:", "completion": "1 2 3"}\n' * 6)
+    out = tmp_path / "adapter"
+    code, said, _ = run(
+        "sparselora", "train", "reference", "--data", data, "--out", out, "--sparsity", 0.5, "--batch", 2
+    )
+    assert code == 0 and "ffn 50% in 0-11" in said
+    assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert not (tmp_path / "adapter.training").exists()
+    code, said, _ = run("eval", "reference", "--text", text, "--adapter", out, "--rows", 2, "--tokens", 32)
+    assert code == 0 and said.startswith("perplexity ")
+
+
+def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
+    """Arguments that cannot work, and what must be said of them."""
+    plan = folder / "plan.json"
+    calibrate = [*CALIBRATE, "--out", folder / "new.json"]
+    train = ["sparselora", "train", "reference", "--out", folder / "new"]
+    score = ["eval", "reference", "--text", text, "--tokens", 32]
+    answers = folder / "answers.json"
+    answers.write_text('[{"prompt": "a", "completion": "b"}]')
+    if kind == "missing text":
+        return [*calibrate, "--ranks", 2, "--text", folder / "absent.txt"], "absent.txt cannot be read"
+    if kind == "empty text":
+        (folder / "empty.txt").touch()
+        return [*calibrate, "--ranks", 2, "--text", folder / "empty.txt"], "empty.txt is empty"
+    if kind == "too little text":
+        (folder / "short.txt").write_text("short")
+        return [*calibrate, "--ranks", 2, "--text", folder / "short.txt"], "fewer than one row of 32"
+    if kind == "ranks":
+        return [*calibrate, "--ranks", 3, "--text", text], "use one of 1, 2, 4, 8"
+    if kind == "limit":
+        return [*calibrate, "--ranks", 2, "--text", text, "--drop", 1.5], "drop=1.5 is not a share"
+    if kind == "two limits":
+        return [*calibrate, "--ranks", 2, "--text", text, "--drop", 1, "--max-loss", 0.1], "give one limit"
+    if kind == "truncated weights":
+        shutil.copytree(reference_model.PATH, folder / "model")
+        with open(folder / "model" / "model.safetensors", "r+b") as file:
+            file.truncate(100_000)
+        calibrate[2] = folder / "model"
+        return [*calibrate, "--ranks", 2, "--text", text], "model cannot be read"
+    if kind == "plan of another model":
+        SyncPlan(2, (40,)).save(plan)
+        return [*score, "--plan", plan], "40"
+    if kind == "broken plan":
+        plan.write_text('{"version": 1, "ran')
+        return [*score, "--plan", plan], "plan.json is not JSON"
+    if kind == "no adapter":
+        return [*score, "--adapter", folder], "holds no adapter_config.json"
+    if kind == "sparsity":
+        return [*train, "--data", answers, "--sparsity", 1.0], "sparsity 1.0 of layer 0 is not in [0, 1)"
+    if kind == "no plan":
+        return [*train, "--data", answers], "give either --plan or --sparsity"
+    if kind == "missing plan":
+        return [*train, "--data", answers, "--plan", plan], "plan.json is not a file"
+    if kind == "sparsity plan of another model":
+        values = SparsityPlan.uniform(reference_model.load()[0], 0.5).to_dict()
+        values["model"]["hidden"] = 512
+        plan.write_text(json.dumps(values))
+        return [*train, "--data", answers, "--plan", plan], "hidden 512, this model has hidden 256"
+    if kind == "no answers":
+        answers.write_text('[{"prompt": "a", "completion": ""}]')
+        return [*train, "--data", answers, "--sparsity", 0.5], "row 1 has an empty prompt or answer"
+    if kind == "every label -100":
+        answers.write_text(json.dumps([{"prompt": "word " * 40, "completion": "b"}]))
+        return [*train, "--data", answers, "--sparsity", 0.5, "--max-length", 8], "no row has an answer within 8 tokens"
+    assert kind == "unknown family"
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text('{"model_type": "mamba"}')
+    calibrate[2] = folder / "model"
+    return [*calibrate, "--ranks", 2, "--text", text], "model_type 'mamba'"
+
+
+KINDS = (
+    "missing text, empty text, too little text, ranks, limit, two limits, truncated weights, plan of another model, "
+    "broken plan, no adapter, sparsity, no plan, missing plan, sparsity plan of another model, no answers, "
+    "every label -100, unknown family"
+).split(", ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path, text: Path) -> None:
+    arguments, message = bad(kind, tmp_path, text)
+    before = sorted(tmp_path.rglob("*"))
+    code, said, error = run(*arguments)
+    assert code == 2 and said == ""
+    (line,) = [line for line in error.splitlines() if line.strip()]
+    assert line.startswith("error: ") and message in line
+    assert sorted(tmp_path.rglob("*")) == before
