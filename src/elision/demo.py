@@ -32,13 +32,14 @@ TASK = (
     "asks how many are left. The model was never trained on this family; the test's numbers were held out as well."
 )
 TRAIN_PROBLEMS = 1440
-TEST_PROBLEMS = 300
+TEST_PROBLEMS = 200
 BATCH = 16
 LEARNING_RATE = 2e-3
 CHECKPOINTS = 4  # per fine-tuning run
+ANSWER_TOKENS = 36  # at most; a solution has about 25
 RANKS = (2, 4, 8)
 MAX_LOSS = 0.01
-TEXT_ROWS, TEXT_TOKENS = 24, 384  # of calibration and of scoring, each
+TEXT_ROWS, TEXT_TOKENS = 16, 384  # of calibration and of scoring, each
 VARIANTS = {"LoRA": None, "SparseLoRA": "svd", "random channels": "random", "no context FFN": "no-ffn"}
 
 console = Console(highlight=False)
@@ -257,8 +258,8 @@ def _score(adapter: Path | None, test: list[Any], swapped: list[Any]) -> dict[st
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     with progress("answering", len(test) + len(swapped)) as advance:
-        given = evaluate.answers(model, tokenizer, [p.prompt for p in test], advance=advance)
-        misled = evaluate.answers(model, tokenizer, [p.prompt for p in swapped], advance=advance)
+        given = evaluate.answers(model, tokenizer, [p.prompt for p in test], ANSWER_TOKENS, advance=advance)
+        misled = evaluate.answers(model, tokenizer, [p.prompt for p in swapped], ANSWER_TOKENS, advance=advance)
     correct = [int(evaluate.final_answer(text) == p.answer) for text, p in zip(given, test, strict=True)]
     interval = evaluate.accuracy(correct)
     return {
