@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -27,11 +28,11 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     text = text_batches(tokenizer, library_texts("test"), LENGTH)
     found = {"perplexity": round(evaluate.perplexity(model, text), 3), "tokens": LENGTH * sum(map(_rows, text))}
     with progress("answering", PROBLEMS * len(FAMILIES) * len(ASKED)) as advance:
-        for name, family, split in ((f"{f} {s}", f, s) for f in FAMILIES for s in ASKED):
+        for family, split in product(FAMILIES, ASKED):
             test = problems((family,), split, PROBLEMS, SEED)
             given = evaluate.answers(model, tokenizer, [p.prompt for p in test], advance=advance)
             correct = [evaluate.final_answer(text) == p.answer for text, p in zip(given, test, strict=True)]
-            found[name] = round(evaluate.accuracy(correct).value, 4)
+            found[f"{family} {split}"] = round(evaluate.accuracy(correct).value, 4)
     return found
 
 
