@@ -15,6 +15,7 @@ import json
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +63,10 @@ def run(out: Path, seed: int = 0, threads: int | None = None) -> Path:
     if threads:
         torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings(
+        "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+    )  # PEFT's, on transformers
     out = Path(out)
     settings = {
         "model": "embedded reference model",
