@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import AutoConfig, LlamaConfig, MistralConfig, OPTConfig, Phi3Config, Qwen2Config, Qwen3Config
+
 from elision.errors import InputError
 from elision.families import TREATED, intermediate_size
 from elision.spd.runtimes.checkpoint import family_config, plan_of
@@ -32,21 +34,58 @@ MODELS = {
 }
 
 
+# Configs of treated checkpoints: classes of this module, because vLLM sends them to its workers by name.
+class SPDLlamaConfig(LlamaConfig):
+    """Config of a treated Llama."""
+
+    model_type = f"{TREATED}llama"
+
+
+class SPDMistralConfig(MistralConfig):
+    """Config of a treated Mistral."""
+
+    model_type = f"{TREATED}mistral"
+
+
+class SPDQwen2Config(Qwen2Config):
+    """Config of a treated Qwen2."""
+
+    model_type = f"{TREATED}qwen2"
+
+
+class SPDQwen3Config(Qwen3Config):
+    """Config of a treated Qwen3."""
+
+    model_type = f"{TREATED}qwen3"
+
+
+class SPDPhi3Config(Phi3Config):
+    """Config of a treated Phi-3."""
+
+    model_type = f"{TREATED}phi3"
+
+
+class SPDOPTConfig(OPTConfig):
+    """Config of a treated OPT."""
+
+    model_type = f"{TREATED}opt"
+
+
+CONFIGS = (SPDLlamaConfig, SPDMistralConfig, SPDQwen2Config, SPDQwen3Config, SPDPhi3Config, SPDOPTConfig)
+
+
 def register() -> None:
     """Make this process's vLLM know our architectures; safe to call twice. The entry point of the plugin."""
-    from transformers import CONFIG_MAPPING, AutoConfig
     from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # pyright: ignore[reportMissingImports]
 
-    for model_type, name in MODELS.items():
+    for name in MODELS.values():
         architecture = f"SPD{name}"
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, f"elision.spd.runtimes.vllm_models:{architecture}")
         MODELS_CONFIG_MAP[architecture] = CheckPlan
-        treated = f"{TREATED}{model_type}"
-        if treated not in CONFIG_MAPPING:
-            config = CONFIG_MAPPING[model_type]
-            AutoConfig.register(treated, type(f"SPD{config.__name__}", (config,), {"model_type": treated}))
+    for config in CONFIGS:
+        AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 class CheckPlan:
