@@ -5,7 +5,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 export PYTHON
 
-.PHONY: help demo test lint types format constraints setup setup-dev clean
+.PHONY: help demo test test-vllm lint types format constraints setup setup-dev clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -16,6 +16,10 @@ demo: setup ## both methods on the embedded model, about ten minutes; ends in ru
 
 test: setup-dev ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+test-vllm: ## the plugin in a real vLLM with two CPU workers, in an environment of its own (.venv-vllm, 3.5 GB)
+	@scripts/setup_vllm.sh
+	.venv-vllm/bin/python -m pytest -o filterwarnings=default tests_vllm $(ARGS)
 
 lint: setup-dev ## style and common mistakes
 	$(BIN)/ruff check .
@@ -38,4 +42,4 @@ setup-dev:
 	@scripts/setup.sh dev
 
 clean: ## remove the environment, caches and builds (runs/ stays)
-	rm -rf .venv .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache build dist
