@@ -1,0 +1,62 @@
+"""The command line: parse, call, show.
+
+Exit codes: 0 done; 2 bad input, one line on stderr saying what and where and what to do; 130 interrupted, after
+which the same command resumes. Anything else that goes wrong is a bug of ours and shows its traceback. Rooms are
+imported inside the commands, so that `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import elision
+from elision.cli import sparselora, spd
+from elision.cli.common import Commands
+from elision.cli.evaluate import evaluate
+from elision.cli.inspection import inspect
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune (SparseLoRA) and serve (Sync-Point Drop) LLMs without the work that does not matter.",
+)
+app.command()(inspect)
+app.command("eval")(evaluate)
+app.add_typer(sparselora.app, name="sparselora")
+app.add_typer(spd.app, name="spd")
+
+
+def main() -> None:
+    """Entry point of the `elision` command."""
+    app(prog_name="elision")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"elision {elision.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of the results; a rerun resumes there.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data order, adapters and controls.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Torch's threads; by default torch decides.")] = None,
+) -> None:
+    """Run both methods on the embedded model and write a report page, in about a quarter of an hour."""
+    from elision.demo import run
+
+    run(out=out, seed=seed, threads=threads)
