@@ -7,9 +7,9 @@ sparsity per layer for each of the three parts of a block whose channels are pru
     qk    channels of the queries and keys
     vo    channels of the values, and with them the inputs of the output projection
 
-and the switches of the method. The geometry of the model that it was made for travels with it, fact by fact and not
-hashed, so that another model is refused by naming what differs. Weights are not among the facts: a plan outlives
-the fine-tuning that it serves (the SVD factors, which do depend on weights, are checked on their own).
+and the switches of the method. The geometry of the model that it was made for travels with it (facts.py), so that
+another model is refused. Weights are not among the facts: a plan outlives the fine-tuning that it serves (the SVD
+factors, which do depend on weights, are checked on their own).
 
 This module needs the standard library only; what looks at a model imports torch when it is called.
 """
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from elision import files
 from elision.errors import InputError
+from elision.facts import ModelFacts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,48 +38,6 @@ PART_OF: dict[str, Part] = {name: part for part, names in PROJECTIONS.items() fo
 
 Selection = Literal["svd", "oracle", "random", "no-ffn"]
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The geometry that a plan depends on. `type` is the config's model_type."""
-
-    type: str
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.type, str):
-            raise InputError(f"type {self.type!r} is not a string: give the config's model_type")
-        for fact in fields(self)[1:]:
-            value = getattr(self, fact.name)
-            if not _is_int(value) or value < 1:
-                raise InputError(f"{fact.name} {value!r} is not a whole number of at least 1: give one")
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        """The facts of `model`, a transformers causal LM or a PEFT model around one.
-
-        Raises:
-            InputError: the model is of no supported family.
-        """
-        from elision import blocks
-
-        view = blocks.decoder(model)
-        block = view.blocks[0]
-        return cls(
-            type=view.config.model_type,
-            layers=len(view.blocks),
-            heads=block.heads,
-            kv_heads=block.kv_heads,
-            head_dim=block.head_dim,
-            hidden=block.hidden_size,
-            intermediate=block.intermediate_size,
-        )
 
 
 @dataclass(frozen=True)
@@ -170,13 +129,7 @@ class SparsityPlan:
 
     def check(self, model: ModelFacts) -> None:
         """Raise InputError, naming what differs, where this plan is not for a model with these facts."""
-        for fact in fields(ModelFacts):
-            planned, found = getattr(self.model, fact.name), getattr(model, fact.name)
-            if planned != found:
-                raise InputError(
-                    f"plan was made for a model with {fact.name} {planned}, this model has {fact.name} {found}: "
-                    "make a plan for this model"
-                )
+        self.model.check(model)
 
     def describe(self) -> str:
         """One line: "ffn 99% in 3-30; qk 75% in 14-19, 21-23; vo dense"."""

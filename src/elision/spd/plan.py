@@ -2,10 +2,9 @@
 
 A plan is a value: made by `calibrate` or by hand (`SyncPlan(ranks=8, dropped=(4, 7, 9))`), saved as readable JSON,
 carried in a checkpoint's config. What it was measured on travels with it, because a plan holds for one model
-geometry and one number of ranks: `check` refuses another model by naming the fact that differs. Facts are kept one by
-one instead of hashed for that reason. Weights are not among them: a fine-tuned model may use its base's plan.
+geometry and one number of ranks: `check` refuses another model by naming the fact that differs (facts.py).
 
-Nothing here needs torch or transformers: `ModelFacts` are integers that any runtime can state about its model.
+Nothing here needs torch or transformers.
 """
 
 from __future__ import annotations
@@ -18,28 +17,10 @@ from typing import Any, Self
 
 from elision import files
 from elision.errors import InputError
+from elision.facts import ModelFacts
 
 VERSION = 1
 CORRECTIONS = ("constant", "gain", "local_o")  # kinds of correction of the local MLP input, each wider than the last
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The geometry that a plan depends on. `type` is the config's model_type."""
-
-    type: str
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.type, str):
-            raise InputError(f"type {self.type!r} is not a string: give the config's model_type")
-        for name in ("layers", "heads", "kv_heads", "head_dim", "hidden", "intermediate"):
-            _integer(getattr(self, name), name, minimum=1)
 
 
 @dataclass(frozen=True)
@@ -123,13 +104,7 @@ class SyncPlan:
     def check(self, model: ModelFacts) -> None:
         """Raise InputError, naming what differs, where this plan is not for a model with these facts."""
         if self.model is not None:
-            for fact in fields(ModelFacts):
-                planned, found = getattr(self.model, fact.name), getattr(model, fact.name)
-                if planned != found:
-                    raise InputError(
-                        f"plan was made for a model with {fact.name} {planned}, this model has {fact.name} {found}: "
-                        "calibrate a plan for this model"
-                    )
+            self.model.check(model)
         self._check_blocks(model)
 
     def _check_blocks(self, model: ModelFacts) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from elision.blocks import Block, Decoder, check_ranks, decoder, refusal
 from elision.errors import InputError
+from elision.facts import ModelFacts
 from elision.spd.block import (
     LocalBlock,
     add_residual,
@@ -37,7 +38,7 @@ from elision.spd.block import (
 )
 from elision.spd.corrections import Correction, correction_of
 from elision.spd.int8 import all_reduce
-from elision.spd.plan import ModelFacts, SyncPlan
+from elision.spd.plan import SyncPlan
 
 
 def simulate(model: nn.Module, plan: SyncPlan) -> Simulation:
@@ -114,16 +115,7 @@ def covered(model: nn.Module, ranks: int) -> Decoder:
 
 def facts(view: Decoder) -> ModelFacts:
     """The geometry of a model that a plan records and is checked against."""
-    block = view.blocks[0]
-    return ModelFacts(
-        type=view.config.model_type,
-        layers=len(view.blocks),
-        heads=block.heads,
-        kv_heads=block.kv_heads,
-        head_dim=block.head_dim,
-        hidden=block.hidden_size,
-        intermediate=block.intermediate_size,
-    )
+    return ModelFacts.seen(view)
 
 
 def check_plain(block: Block) -> None:
