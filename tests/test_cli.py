@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import elision
@@ -111,6 +113,71 @@ def test_usage_errors_exit_with_2() -> None:
     assert run("inspect", "reference", "--jason").exit_code == 2
     assert run("demolish").exit_code == 2
     assert run("demo", "--threads", "0").exit_code == 2
+
+
+def every_command() -> list[tuple[str, ...]]:
+    """The words of each command of the tree."""
+    found, open_ = [], [((), typer.main.get_command(app))]
+    for words, command in open_:
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            found.append(words)
+        else:
+            open_ += [((*words, name), each) for name, each in inner.items()]
+    return found
+
+
+@pytest.mark.parametrize("words", every_command(), ids=" ".join)
+def test_every_command_has_help_and_a_config(words: tuple[str, ...], tmp_path: Path) -> None:
+    assert "--config" in run(*words, "--help").stdout
+    (tmp_path / "c.yaml").write_text("no-such-option: 1")
+    assert f"{words[-1]} has no option 'no-such-option': use " in refused(run(*words, "--config", tmp_path / "c.yaml"))
+
+
+def test_a_config_gives_arguments_options_and_switches(tmp_path: Path, demo: dict) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"model: {write(tmp_path / 'model', LLAMA)}\njson: true\n")
+    assert json.loads(run("inspect", "--config", file).stdout)["family"] == "Llama"
+    file.write_text(f"out: {tmp_path}\nseed: 3\nthreads: 2\n")
+    assert run("demo", "--config", file, "--seed", "4").exit_code == 0
+    assert demo["arguments"] == {"out": tmp_path, "seed": 4, "threads": 2}  # what is typed wins
+    file.write_text("seed: null  # as if it were not there")
+    assert run("demo", "--config", file).exit_code == 0 and demo["arguments"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param("seed: two", ["c.yaml", "seed", "'two'", "integer"], id="word for a number"),
+        pytest.param("seed: 1.5", ["c.yaml", "seed", "1.5", "integer"], id="fraction"),
+        pytest.param("seed: true", ["c.yaml", "seed", "True", "integer"], id="switch for a number"),
+        pytest.param("seed: -1", ["c.yaml", "seed", "-1", "greater than or equal to 0"], id="out of range"),
+        pytest.param("seed: [1, 2]", ["c.yaml", "seed", "[1, 2]", "one value"], id="several"),
+        pytest.param("seed: {a: 1}", ["c.yaml", "seed", "one value"], id="mapping"),
+        pytest.param("sede: 1", ["c.yaml", "demo has no option 'sede'", "out, seed, threads"], id="unknown"),
+        pytest.param("config: c.yaml", ["demo has no option 'config'"], id="itself"),
+        pytest.param("- seed", ["c.yaml", "holds no options"], id="list"),
+        pytest.param("seed: [", ["c.yaml", "not YAML"], id="broken"),
+    ],
+)
+def test_a_config_is_checked_before_anything_runs(tmp_path: Path, demo: dict, text: str, words: list[str]) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    line = refused(run("demo", "--config", tmp_path / "c.yaml"))
+    for word in words:
+        assert word in line
+    assert "arguments" not in demo
+
+
+def test_a_config_that_is_not_there(demo: dict) -> None:
+    assert "nowhere.yaml is not a file" in refused(run("demo", "--config", "nowhere.yaml"))
+
+
+def test_a_command_in_the_shells_completion() -> None:
+    command = [sys.executable, "-c", "from elision.cli import main; main()"]
+    for typed, expected in (("elision spar", "sparselora"), ("elision demo --th", "--threads")):
+        words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_ELISION_COMPLETE": "complete_bash"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | words)
+        assert expected in done.stdout.split(), done
 
 
 def test_the_installed_command_behaves_the_same(tmp_path: Path) -> None:

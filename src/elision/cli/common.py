@@ -1,18 +1,43 @@
-"""What every command shares: how failures end, the options that recur, how a model is loaded."""
+"""What every command shares: `--config`, how failures end, the options that recur, what is shown, where a run is kept.
+
+A command declares only what is its own:
+
+    @app.command()
+    def measure(ctx: typer.Context, model: Model, run: RunDirectory = None, dry: DryRun = False, as_json: Json = False):
+        ...                                  # here everything that can be refused, before anything is written
+        if dry:
+            return show({"seconds": 40, "memory_mb": 900}, as_json)
+        with run_directory(ctx, run) as kept:
+            ...
+        show({"perplexity": 3.2}, as_json, "perplexity 3.2")
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from elision.cli import config
 from elision.errors import InputError
+
+if TYPE_CHECKING:
+    from elision.runs import Run
 
 
 class Commands(TyperGroup):
-    """Turns the two failures that are no fault of ours into one line and an exit code."""
+    """Gives every command `--config`, and turns failures that are no fault of ours into one line and an exit code."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        for command in self.commands.values():
+            if not isinstance(command, TyperGroup):
+                command.params.append(config.option())
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -29,6 +54,14 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory
 Text = Annotated[list[Path], typer.Option(help="Plain text; may be given several times.")]
 Rows = Annotated[int, typer.Option(min=1, help="Rows of text at most.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens a row.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done, what it takes and what it gains; write nothing.")
+]
+RunDirectory = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="DIR", help="Directory that keeps options, versions, log, metrics and results."),
+]
 
 
 def load(model: str, dtype: str = "float32") -> tuple[Any, Any]:
@@ -42,3 +75,35 @@ def load(model: str, dtype: str = "float32") -> tuple[Any, Any]:
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     return load_model(model, dtype)
+
+
+def show(values: Mapping[str, Any], as_json: bool, text: Any = None) -> None:
+    """Print `values` as one JSON object, or `text` (a string or what rich can print) for people; without it, a list."""
+    if as_json:
+        typer.echo(json.dumps(values))
+    elif isinstance(text, str):
+        typer.echo(text)
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        if text is None:
+            text = Table.grid(padding=(0, 2))
+            for name, value in values.items():
+                text.add_row(
+                    name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+                )
+        Console(markup=False, highlight=False).print(text)
+
+
+@contextmanager
+def run_directory(ctx: typer.Context, path: Path | None) -> Iterator[Run | None]:
+    """The run directory of a command that was given `--run`; None where it was not."""
+    from elision import runs
+
+    if path is None:
+        yield None
+        return
+    command = ctx.command_path.partition(" ")[2]
+    with runs.opened(path, command, config.options(ctx)) as run:
+        yield run

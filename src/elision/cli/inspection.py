@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from elision.cli.common import Model
+from elision.cli.common import Json, Model
 
 if TYPE_CHECKING:
     from elision.blocks import Description
@@ -16,9 +16,17 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Model,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Show what a model's blocks are made of and which method covers them; reads its config, never its weights."""
+    """Show what a model's blocks are made of and which method covers them; reads its config, never its weights.
+
+    Where a method does not cover the family, the last lines say why.
+
+    \b
+    Examples:
+      elision inspect reference             the embedded model
+      elision inspect ./my-model --json     a directory, for machines
+    """
     from elision.blocks import describe
     from elision.families import load_config
 

@@ -1,0 +1,131 @@
+"""The directory of a long run: what was asked, with which versions, and what came of it.
+
+    config.yaml     the command's options; `elision COMMAND --config config.yaml` does it again
+    run.json        command, options and versions: what a resumed run must agree with
+    log.txt         what happened, with times
+    metrics.jsonl   numbers as they were measured, one object a line
+    results.json    what `elision report` shows; written last
+
+    with runs.opened(directory, "sparselora train", options) as run:
+        run.log("12,000 rows")
+        run.metric(step=10, loss=1.25)
+        run.finish(training=[...])
+
+Only the log knows the time of day: the other files of an interrupted and resumed run equal those of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import elision
+from elision import files
+from elision.errors import InputError
+
+PACKAGES = ("torch", "transformers", "peft")
+
+
+class Run:
+    """One run's directory. Made by `opened`."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.identity = identity
+
+    def log(self, text: str) -> None:
+        """Append a line with the time to log.txt."""
+        self._append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+    def metric(self, **values: Any) -> None:
+        """Append one object to metrics.jsonl."""
+        self._append("metrics.jsonl", json.dumps(values))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds. Of a step that was measured again after an interruption, the last; no torn line."""
+        path = self.path / "metrics.jsonl"
+        rows: dict[Any, dict[str, Any]] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
+            if line.endswith("}"):
+                row = json.loads(line)
+                rows[row.get("step", f"line {number}")] = row
+        return list(rows.values())
+
+    def finish(self, **sections: Any) -> Path:
+        """Write results.json: `sections` are those of `elision.report.results.Results`."""
+        command, versions = self.identity["command"], self.identity["versions"]
+        settings = {"command": f"elision {command}", **self.identity["options"], **versions}
+        shown = {name: ", ".join(map(str, v)) if isinstance(v, list) else v for name, v in settings.items()}
+        return files.write_json(
+            self.path / "results.json", {"title": f"elision {command}", "settings": shown, **sections}
+        )
+
+    def _append(self, name: str, line: str) -> None:
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+
+@contextmanager
+def opened(path: str | Path, command: str, options: Mapping[str, Any]) -> Iterator[Run]:
+    """The directory `path`, new or of the same run; notes in its log how the run ended.
+
+    Args:
+        path: the directory.
+        command: such as "spd calibrate".
+        options: values that JSON and YAML can hold, by the names of the command's options.
+
+    Raises:
+        InputError: `path` belongs to a run with another command, options or versions, or to no run; nothing is written.
+    """
+    import yaml
+
+    path = Path(path)
+    identity = {"command": command, "options": dict(options), "versions": versions()}
+    _check(path, identity)
+    if not (path / "run.json").exists():
+        text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
+        files.write_text(path / "config.yaml", f"# elision {command} --config config.yaml\n{text}")
+        files.write_json(path / "run.json", identity)
+    run = Run(path, identity)
+    run.log("start")
+    try:
+        yield run
+    except BaseException as error:
+        run.log(f"ended by {type(error).__name__}: {' '.join(str(error).split())}")
+        raise
+    run.log("done")
+
+
+def versions() -> dict[str, str]:
+    """Of elision, Python and the libraries that numbers depend on, where they are installed."""
+    found = {"elision": elision.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _check(path: Path, identity: Mapping[str, Any]) -> None:
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / "run.json").exists())):
+        raise InputError(f"run directory {path} holds something else: give a new directory")
+    if not (path / "run.json").exists():
+        return
+    before = files.read_json(path / "run.json", "run")
+    if before.get("command") != identity["command"]:
+        raise InputError(f"{path} is a run of elision {before.get('command')}: give another directory")
+    for kind in ("options", "versions"):
+        old, new = before.get(kind, {}), identity[kind]
+        for name in [*old, *new]:
+            if old.get(name) != new.get(name):
+                raise InputError(
+                    f"{path} was begun with {name} {old.get(name)}, now it is {new.get(name)}: "
+                    "give another directory, or the same options and versions to resume"
+                )

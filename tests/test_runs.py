@@ -1,0 +1,122 @@
+"""A run's directory: whole, comparable, resumable, and never another run's."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from elision import runs
+from elision.cli.common import Commands, DryRun, Json, Model, RunDirectory, run_directory, show
+from elision.errors import InputError
+
+OPTIONS = {"model": "reference", "ranks": 4, "text": ["a.txt", "b.txt"]}
+
+
+def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
+    with runs.opened(tmp_path / "run", "spd calibrate", OPTIONS) as run:
+        run.log("12 rows")
+        run.metric(step=1, loss=2.5)
+        run.metric(step=2, loss=1.5)
+        run.finish(training=[{"name": "LoRA"}])
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == OPTIONS
+    kept = json.loads((run.path / "run.json").read_text())
+    assert kept["command"] == "spd calibrate" and kept["options"] == OPTIONS and "torch" in kept["versions"]
+    lines = (run.path / "log.txt").read_text().splitlines()
+    assert [line[20:] for line in lines] == ["start", "12 rows", "done"]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
+    assert run.metrics() == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}]
+    results = json.loads((run.path / "results.json").read_text())
+    assert results["title"] == "elision spd calibrate" and results["training"] == [{"name": "LoRA"}]
+    assert results["settings"]["text"] == "a.txt, b.txt"
+
+
+def test_an_interrupted_run_resumes_to_the_same_files(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    with runs.opened(whole, "x", {}) as run:
+        for step in (1, 2, 3):
+            run.metric(step=step, loss=step / 2)
+    with pytest.raises(KeyboardInterrupt), runs.opened(cut, "x", {}) as run:
+        run.metric(step=1, loss=0.5)
+        run.metric(step=2, loss=9.0)  # lost with the checkpoint before it, measured again below
+        raise KeyboardInterrupt
+    with open(cut / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # torn by a kill
+        file.write("\n")
+    with runs.opened(cut, "x", {}) as run:
+        run.metric(step=2, loss=1.0)
+        run.metric(step=3, loss=1.5)
+    assert runs.Run(cut, {}).metrics() == runs.Run(whole, {}).metrics()
+    assert (cut / "run.json").read_bytes() == (whole / "run.json").read_bytes()
+    assert "ended by KeyboardInterrupt" in (cut / "log.txt").read_text()
+
+
+def test_another_runs_directory_is_refused_by_what_differs(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    with runs.opened(place, "spd calibrate", OPTIONS):
+        pass
+    before = {path: path.read_bytes() for path in place.iterdir()}
+    for command, options, words in (
+        ("spd heal", OPTIONS, "run of elision spd calibrate"),
+        ("spd calibrate", OPTIONS | {"ranks": 8}, "ranks 4, now it is 8"),
+        ("spd calibrate", OPTIONS | {"drop": 0.5}, "drop None, now it is 0.5"),
+        ("spd calibrate", {"model": "reference"}, "ranks 4, now it is None"),
+    ):
+        with pytest.raises(InputError, match=words), runs.opened(place, command, options):
+            pass
+    assert {path: path.read_bytes() for path in place.iterdir()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for other in ("mine", "mine/thesis.tex"):
+        with pytest.raises(InputError, match="holds something else"), runs.opened(tmp_path / other, "x", {}):
+            pass
+
+
+app = typer.Typer(cls=Commands)
+
+
+@app.callback()
+def common() -> None: ...
+
+
+@app.command()
+def measure(
+    ctx: typer.Context,
+    model: Model,
+    rows: int = 3,
+    run: RunDirectory = None,
+    dry: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    if dry:
+        return show({"rows": rows, "memory_mb": 2.5}, as_json)
+    with run_directory(ctx, run) as kept:
+        if kept is not None:
+            kept.metric(rows=rows)
+    return show({"model": model}, as_json, f"measured {model}")
+
+
+def test_a_command_in_its_run_directory(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    said = CliRunner().invoke(app, ["measure", "reference", "--rows", "5", "--run", str(place)])
+    assert said.exit_code == 0 and said.stdout == "measured reference\n"
+    assert json.loads((place / "run.json").read_text())["command"] == "measure"
+    assert (place / "metrics.jsonl").read_text() == '{"rows": 5}\n'
+    again = CliRunner().invoke(app, ["measure", "--config", str(place / "config.yaml"), "--run", str(place), "--json"])
+    assert again.exit_code == 0 and json.loads(again.stdout) == {"model": "reference"}
+    assert (place / "metrics.jsonl").read_text() == '{"rows": 5}\n' * 2
+    other = CliRunner().invoke(
+        app, ["measure", "--config", str(place / "config.yaml"), "--run", str(place), "--rows", "6"]
+    )
+    assert other.exit_code == 2 and "rows 5, now it is 6" in other.stderr
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    said = CliRunner().invoke(app, ["measure", "reference", "--dry-run", "--run", str(tmp_path / "run")])
+    assert said.exit_code == 0 and said.stdout.split() == ["rows", "3", "memory", "mb", "2.5"]
+    assert not (tmp_path / "run").exists()
