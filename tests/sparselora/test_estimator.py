@@ -100,3 +100,34 @@ def test_low_precision_is_scored_in_single() -> None:
     assert torch.allclose(found, (x.float() @ weight.float().T).norm(dim=0))
     b, a = estimator.truncated_svd(weight, 2)
     assert b.dtype == a.dtype == torch.float32
+
+
+def test_whitening_is_the_best_of_its_rank_on_the_inputs_it_knows() -> None:
+    x, weight = randn(200, 12) @ randn(12, 30), randn(20, 30)  # inputs in 12 of 30 directions
+    moment = x.T @ x / len(x)
+
+    def error(pair: tuple[Tensor, Tensor]) -> Tensor:
+        return (x @ weight.T - x @ pair[1].T @ pair[0].T).norm()
+
+    b, a = estimator.whitened_svd(weight, moment, 4)
+    assert b.shape == (20, 4) and a.shape == (4, 30)
+    best = torch.linalg.svdvals(x @ weight.T)[4:].norm()  # no product of rank 4 is closer
+    assert error((b, a)) < 1.01 * best < error(estimator.truncated_svd(weight, 4))
+    white = estimator.whitened_svd(weight, torch.eye(30, dtype=torch.float64), 4)
+    plain = estimator.truncated_svd(weight, 4)
+    assert torch.allclose(white[0] @ white[1], plain[0] @ plain[1])
+
+
+def test_a_sample_is_spread_over_the_tokens() -> None:
+    x = torch.arange(10.0)[:, None]
+    assert estimator.sample(x, None) is x
+    assert estimator.sample(x, 10).flatten().tolist() == x.flatten().tolist()
+    assert estimator.sample(x, 4).flatten().tolist() == [0, 3, 6, 9]
+    assert estimator.sample(x, 3).flatten().tolist() == [0, 4, 8]
+    assert len(estimator.sample(x[:0], 3)) == 0
+
+
+def test_weight_norms_are_the_norms_on_white_inputs() -> None:
+    weight = randn(6, 8)
+    x = torch.linalg.qr(randn(8, 8)).Q
+    assert torch.allclose(estimator.weight_norms(weight), estimator.linear_scores(x, exact(weight)))

@@ -11,7 +11,7 @@ import torch
 
 from elision import blocks
 from elision.errors import InputError
-from elision.sparselora import Factors, SparsityPlan, sparsify
+from elision.sparselora import Factors, SparsityPlan, sparsify, tokens
 from tests.sparselora import tiny
 
 
@@ -118,3 +118,45 @@ def test_factors_of_another_model_rank_or_plan_are_refused() -> None:
         sparsify(model, plan, Factors.compute(model, 4))
     with pytest.raises(InputError, match=r"factors lack layers\.0\.q, which the plan prunes"):
         sparsify(model, plan, Factors.compute(model, 8, tiny.plan(model, selection="svd", layers=[1])))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+def test_whitened_factors_fit_the_context_tokens_of_the_data(family: str) -> None:
+    model, inputs = tiny.lora(family), tiny.batch((9, 7, 8), (3, 2, 2))
+    plan = tiny.plan(model, selection="whitened", rank=3)
+    before = tiny.bits(model)
+    whitened = Factors.whitened(model, [inputs], 3, plan)
+    assert tiny.bits(model) == before and model.training and not any(m._forward_pre_hooks for m in model.modules())
+    plain = Factors.compute(model, 3)
+    assert whitened.pairs.keys() == plain.pairs.keys()
+    rows = tokens.classify(inputs["labels"], inputs["attention_mask"]).kept
+    seen: dict[str, torch.Tensor] = {}
+    block = blocks.decoder(model).blocks[1]
+    hook = block.up.module.register_forward_pre_hook(
+        lambda module, args: seen.update(x=args[0][rows.reshape(args[0].shape[:-1])])
+    )
+    with torch.no_grad():
+        model.eval()(**{name: value for name, value in inputs.items() if name != "labels"})
+    hook.remove()
+    weight = block.up.weight.detach()
+    errors = [(seen["x"] @ (weight - b @ a).T).norm() for b, a in (f.pairs["layers.1.up"] for f in (whitened, plain))]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_whitened_factors_are_made_on_data_and_told_apart(tmp_path: Path) -> None:
+    model, inputs = tiny.lora(), tiny.batch()
+    plan = tiny.plan(model, selection="whitened", rank=3)
+    factors = Factors.whitened(model, [inputs], 3)
+    with sparsify(model, plan, factors.save(tmp_path / "factors")) as handle:
+        model(**inputs)
+        assert handle.forwards == {"sparse": 1}
+    with pytest.raises(InputError, match=r"give Factors.whitened\(model, batches\)"):
+        sparsify(model, plan)
+    with pytest.raises(InputError, match="factors are of kind svd, selection whitened needs whitened"):
+        sparsify(model, plan, Factors.compute(model, 3))
+    with pytest.raises(InputError, match="factors are of kind whitened, selection svd needs svd"):
+        sparsify(model, tiny.plan(model, selection="svd", rank=3), factors)
+    with pytest.raises(InputError, match="a batch has no labels"):
+        Factors.whitened(model, [{"input_ids": inputs["input_ids"]}])
+    with pytest.raises(InputError, match="no context token"):
+        Factors.whitened(model, [{**inputs, "labels": inputs["input_ids"]}])

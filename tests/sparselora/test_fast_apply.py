@@ -101,6 +101,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"layers": (1,)},
     {"rotary_pairs": True},
     {"selection": "svd", "rank": 2},
+    {"selection": "sampled"},
+    {"selection": "weights"},
     {"selection": "random"},
     {"selection": "no-ffn"},
     {"dense_outputs": False},
@@ -113,6 +115,20 @@ def test_equal_to_the_reference_for_every_kind_of_plan(setting: dict[str, Any]) 
         model, inputs = tiny.lora("llama", targets), turns()
         plan = tiny.plan(model, 0.6, **setting)
         assert tiny.close(run(model, inputs, "fast", plan), run(model, inputs, "reference", plan))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"selection": "sampled"}, {"selection": "svd", "rank": 2, "parts": ("ffn",)}], ids=str
+)
+def test_both_paths_sample_the_same_tokens(setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny.lora("llama"), turns()
+    plan = tiny.plan(model, 0.6, **setting)
+    everything = run(model, inputs, "reference", plan)
+    monkeypatch.setattr("elision.sparselora.estimator.SAMPLE", 3)
+    monkeypatch.setattr("elision.sparselora.estimator.FFN_SAMPLE", 3)
+    sampled = run(model, inputs, "reference", plan)
+    assert tiny.close(run(model, inputs, "fast", plan), sampled)
+    assert not tiny.close(sampled, everything, 1e-6)
 
 
 @pytest.mark.parametrize("name", [item.name for item in fields(Elisions)])

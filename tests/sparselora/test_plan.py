@@ -65,7 +65,10 @@ def changed(**values: Any) -> dict[str, Any]:
         ({"vo": ("0.5", 0.0, 0.0, 0.0)}, r"vo sparsity '0.5' of layer 0"),
         ({"ffn": (0.5,) * 3}, "ffn has 3 sparsities for 4 layers"),
         ({"ffn": 0.5}, "ffn 0.5 is not a list of sparsities"),
-        ({"selection": "magic"}, "selection 'magic' is not known: use one of svd, oracle, random, no-ffn"),
+        (
+            {"selection": "magic"},
+            "selection 'magic' is not known: use one of svd, whitened, sampled, oracle",
+        ),
         ({"rank": 0}, "rank 0 is not a whole number of at least 1"),
         ({"rank": 8.0}, "rank 8.0 is not a whole number"),
         ({"dense_steps": 1.5}, r"dense_steps 1.5 is not in \[0, 1\]"),

@@ -93,6 +93,8 @@ def sparsify(
     if isinstance(factors, str | Path):
         factors = Factors.load(factors)
     if any(estimated(plan, block.index, name) for block in view.blocks for name in block.projections):
+        if factors is None and plan.selection == "whitened":
+            raise InputError("selection 'whitened' needs factors made on data: give Factors.whitened(model, batches)")
         factors = factors or Factors.compute(model, plan.rank, plan)
         factors.check(view, plan)
     return SparseHandle(view, plan, factors, path, elisions or Elisions())

@@ -92,6 +92,9 @@ class BlockChoices:
             seed = hashlib.sha256(f"{self.plan.seed} {number} {block.index} {part}".encode()).digest()[:7]
             generator = torch.Generator().manual_seed(int.from_bytes(seed))
             return torch.rand(channels, generator=generator).to(x.device)
+        if self.plan.selection == "weights":
+            return self._weight_scores(part)
+        x = estimator.sample(x, tokens_read(self.plan, part))
         if part == "ffn":
             return estimator.ffn_scores(x, block.activation, products.get("gate"), products["up"])
         if part == "vo":
@@ -100,12 +103,24 @@ class BlockChoices:
         keys = estimator.linear_scores(x, products["k"])
         return select.combine_groups(queries, block.kv_heads, block.head_dim) * keys
 
+    def _weight_scores(self, part: Part) -> Tensor:
+        """Scores of the channels of `part` without looking at tokens."""
+        block = self.block
+        norms = {
+            name: estimator.weight_norms(block.projections[name].weight)
+            for name in PROJECTIONS[part]
+            if name in SCORED and name in block.projections
+        }
+        if part == "qk":
+            norms["q"] = select.combine_groups(norms["q"], block.kv_heads, block.head_dim)
+        return torch.stack(list(norms.values())).prod(dim=0)
+
     def _product(self, name: str, factors: Factors | None) -> estimator.Product | None:
         """What stands for the base product of `name` in its score; None where nothing is scored by it."""
         projection = self.block.projections.get(name)
         if projection is None or self.plan.sparsity(self.block.index, name) == 0:
             return None
-        if self.plan.selection == "oracle":
+        if self.plan.selection in ("oracle", "sampled"):
             return estimator.Exact(lambda: projection.weight, lambda: projection.bias)
         if not estimated(self.plan, self.block.index, name):
             return None
@@ -113,3 +128,10 @@ class BlockChoices:
         b, a = factors.pairs[f"layers.{self.block.index}.{name}"]
         device = projection.weight.device
         return estimator.LowRank(b.to(device), a.to(device), lambda: projection.bias)
+
+
+def tokens_read(plan: SparsityPlan, part: Part) -> int | None:
+    """How many context tokens at most the plan's selection reads to score `part`; None: all."""
+    if plan.selection == "sampled":
+        return estimator.SAMPLE
+    return estimator.FFN_SAMPLE if part == "ffn" and plan.selection in ("svd", "whitened") else None

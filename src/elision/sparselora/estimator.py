@@ -1,12 +1,21 @@
 """Channel scores: norms of base products over the context tokens, exact or through a low-rank stand-in.
 
 A score is the L2 norm over the T context tokens of one output channel of X W' + bias, or, for the FFN, of
-act(X Wg' + bias) * (X Wu' + bias) (METHODS 1.1). Two products give them:
+act(X Wg' + bias) * (X Wu' + bias) (METHODS 1.1). Two things differ between estimators: which product stands for X W',
+and how many of the T tokens are read.
 
-    Exact     W itself: the oracle
-    LowRank   W = U S V' cut to rank k, B = U_k sqrt(S_k) (out, k), A = sqrt(S_k) V_k' (k, in): X A' B' for X W'
+    selection   product                                                              tokens read
+    oracle      W itself                                                             all
+    sampled     W itself                                                             SAMPLE, evenly spaced
+    svd         B A: W = U S V' cut to rank k, B = U_k sqrt(S_k), A = sqrt(S_k) V_k' all; for the FFN FFN_SAMPLE
+    whitened    B A that is closest to W on inputs like those of calibration data    likewise
+    weights     none: the norms of the rows of W, whatever the tokens are            none
 
-Linear scores of the second need no (T, out) product: with P = X A' (T, k), G = P'P (k, k) and row b_c of B
+A truncated SVD keeps the directions in which W is large; the inputs of a model lie in few directions of their own.
+With C = X'X / T of calibration inputs and C = L L', the B A of rank k that minimises the error on such inputs,
+E ||W x - B A x||^2 = ||(W - B A) L||_F^2, is the truncated SVD of W L, times L^-1. It costs the same online.
+
+Linear scores of B A need no (T, out) product: with P = X A' (T, k), G = P'P (k, k) and row b_c of B
 
     norm_c^2 = b_c G b_c' + 2 beta_c (1'P) b_c' + T beta_c^2
 
@@ -28,6 +37,10 @@ from torch import Tensor
 from elision.shapes import Float
 
 SLICE = 1024  # tokens at a time in a score that needs the product
+SAMPLE = 128  # tokens that "sampled" reads
+FFN_SAMPLE = 256  # tokens that the FFN's score reads through factors: there a token costs k (in + out), no Gram matrix
+
+_DAMPING = 1e-3  # of the mean variance, added to every direction: calibration data may span fewer than there are
 
 _DIRECT = 1024  # from this smaller side on, iterate for the leading singular vectors instead of decomposing in full
 _OVERSAMPLING = 24
@@ -112,6 +125,34 @@ def ffn_scores(
         return activation(up(x)) if gate is None else activation(gate(x)) * up(x)
 
     return _accumulated_norms(_at_least_single(x), hidden)
+
+
+def weight_norms(weight: Float[Tensor, "outputs inputs"]) -> Float[Tensor, " outputs"]:
+    """Norm of each row: what a channel's norm would be on white inputs."""
+    return _at_least_single(weight).norm(dim=1)
+
+
+def sample(x: Float[Tensor, "tokens inputs"], count: int | None) -> Float[Tensor, "read inputs"]:
+    """At most `count` of the tokens, evenly spaced; None: all of them."""
+    return x if count is None else x[:: max(1, -(-len(x) // count))]
+
+
+def whitened_svd(
+    weight: Float[Tensor, "outputs inputs"], moment: Float[Tensor, "inputs inputs"], rank: int
+) -> tuple[Float[Tensor, "outputs rank"], Float[Tensor, "rank inputs"]]:
+    """(B, A) of the given rank that minimises E ||W x - B A x||^2; single precision or more, deterministic.
+
+    Args:
+        weight: W.
+        moment: E x x' of calibration inputs, on the weight's device.
+        rank: of the product, cut to the weight's sides.
+    """
+    moment = moment.double()
+    damping = _DAMPING * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    root = torch.linalg.cholesky(moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    b, a = truncated_svd((_at_least_single(weight.detach()).double() @ root).to(_at_least_single(weight).dtype), rank)
+    a = torch.linalg.solve_triangular(root, a.double(), upper=False, left=False)
+    return b, a.to(b.dtype).contiguous()
 
 
 def truncated_svd(

@@ -34,10 +34,6 @@ from elision.sparselora.rows import Elisions, Rows
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
 
-SAMPLE = (
-    256  # context rows, evenly spaced, that the SVD estimator's FFN score reads: it needs products, not a Gram matrix
-)
-
 _READ = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"}
 _HARMLESS: dict[str, tuple] = {"use_cache": (False,), "return_dict": (True,), "logits_to_keep": (0,)}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -256,8 +252,6 @@ def _choose(choices: BlockChoices, batch: SparseBatch | None, names: tuple[str, 
 
     def choose(x: Tensor) -> Tensor:
         kept, start = [], 0
-        if names == ("up",) and plan.selection == "svd":
-            x = x[:: -(-len(x) // SAMPLE)]
         if batch.kept.keys().isdisjoint((index, name) for name in names):
             x = x.to(torch.promote_types(x.dtype, torch.float32))  # once for all scores
         for name in names:

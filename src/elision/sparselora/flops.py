@@ -30,6 +30,7 @@ from torch import nn
 from elision import blocks
 from elision.errors import InputError
 from elision.sparselora import select
+from elision.sparselora.choices import tokens_read
 from elision.sparselora.factors import SCORED, estimated
 from elision.sparselora.plan import PART_OF, SparsityPlan
 from elision.sparselora.tokens import TokenKinds
@@ -238,13 +239,15 @@ def _kept_share(shape: Shape, plan: SparsityPlan, name: str, sparsity: float) ->
 
 def _scoring(plan: SparsityPlan, layer: int, name: str, context: int, inputs: int, outputs: int) -> float:
     """Operations that score projection `name`: the product itself, its factors, or nothing."""
-    if plan.selection == "oracle":
-        return 2.0 * context * inputs * outputs if name in SCORED else 0.0
+    limit = tokens_read(plan, PART_OF[name])
+    read = context if limit is None or not context else -(-context // -(-context // limit))  # estimator.sample
+    if plan.selection in ("oracle", "sampled"):
+        return 2.0 * read * inputs * outputs if name in SCORED else 0.0
     if not estimated(plan, layer, name):
         return 0.0
     rank = min(plan.rank, inputs, outputs)
     if name in ("gate", "up"):
-        return 2.0 * context * rank * (inputs + outputs)
+        return 2.0 * read * rank * (inputs + outputs)
     return (
         2.0 * context * rank * (inputs + rank) + 2.0 * outputs * rank * rank
     )  # the Gram matrix, then a form a channel

@@ -36,7 +36,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 PROJECTIONS: dict[Part, tuple[str, ...]] = {"ffn": ("gate", "up", "down"), "qk": ("q", "k"), "vo": ("v", "o")}
 PART_OF: dict[str, Part] = {name: part for part, names in PROJECTIONS.items() for name in names}
 
-Selection = Literal["svd", "oracle", "random", "no-ffn"]
+Selection = Literal["svd", "whitened", "sampled", "oracle", "weights", "random", "no-ffn"]
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 
@@ -47,9 +47,11 @@ class SparsityPlan:
     Attributes:
         model: geometry of the model that the plan is for.
         ffn, qk, vo: one sparsity in [0, 1) per layer, the share of channels left out on context tokens; 0 is dense.
-        selection: how channels are scored. "svd" is the method (1.2), "oracle" its exact criteria (1.1). Two controls
-            for claims of quality: "random" draws channels anew for every batch, "no-ffn" leaves out the whole base
-            FFN of context tokens in every layer whose ffn sparsity is above 0 (Q, K, V, O as with "svd").
+        selection: how channels are scored (estimator.py). "svd" is the paper's way (1.2), "whitened" the same from
+            factors made on calibration data, "sampled" the exact criteria (1.1) on some of the context tokens,
+            "oracle" on all of them, "weights" the norms of the weights alone. Two controls for claims of quality:
+            "random" draws channels anew for every batch, "no-ffn" leaves out the whole base FFN of context tokens in
+            every layer whose ffn sparsity is above 0 (Q, K, V, O as with "svd").
         rank: of the SVD factors.
         dense_steps: share of the optimizer steps, from the first on, that run dense (1.3); in [0, 1].
         rotary_pairs: keep or drop both halves of a rotary pair of Q and K together.
