@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from elision import InputError
+from elision.blocks import decoder
 from elision.spd import SyncPlan, simulate
 from tests.spd.ranks import logits_in_threads
 from tests.spd.tiny import FAMILIES, bits, left_padded, tiny, token_ids
@@ -53,10 +54,22 @@ class TestEveryFamily:
                 torch.testing.assert_close(logits(model), expected, **EXACT)
             assert (expected - dense).abs().max() > 1e-3  # the test could fail: dropping matters here
 
-    def test_generate_with_cache_is_greedy_without(self, family):
+    def test_skipped_attention_is_attention_that_puts_out_nothing(self, family):
+        model = tiny(family)
+        dense, silent = logits(model), copy.deepcopy(model)
+        for block in decoder(silent).blocks[:2]:
+            for parameter in block.o.base.parameters():
+                torch.nn.init.zeros_(parameter)
+        for ranks in (1, 3, 6):
+            with simulate(model, SyncPlan(ranks, skipped=(0, 1))):
+                torch.testing.assert_close(logits(model), logits(silent), **EXACT)
+        assert (logits(silent) - dense).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("plan", [SyncPlan(3, (0, 2)), SyncPlan(3, (1,), int8=(2,), skipped=(0,))])
+    def test_generate_with_cache_is_greedy_without(self, family, plan):
         model = tiny(family)
         batch = left_padded()
-        with simulate(model, SyncPlan(ranks=3, dropped=(0, 2))):
+        with simulate(model, plan):
             cached = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
             ids, mask = batch["input_ids"], batch["attention_mask"]
             for _ in range(6):

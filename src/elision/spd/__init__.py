@@ -8,7 +8,7 @@ carries its plan; `load` brings it back, simulated, and `read` brings model and 
 from elision.spd.artifact import Treated, load, read, read_plan, save
 from elision.spd.distill import Recipe, heal
 from elision.spd.fit import correct, uncorrect
-from elision.spd.plan import Calibration, ModelFacts, SyncPlan
+from elision.spd.plan import Calibration, ModelFacts, SyncPlan, Verified
 from elision.spd.proxies import order, scores
 from elision.spd.sensitivity import Sensitivity, calibrate, curve, sensitivity
 from elision.spd.simulate import Simulation, simulate
@@ -21,6 +21,7 @@ __all__ = [
     "Simulation",
     "SyncPlan",
     "Treated",
+    "Verified",
     "calibrate",
     "correct",
     "curve",

@@ -5,7 +5,7 @@ in the model's own module: its masks, rotation, head norms and key/value cache s
 works. Only the output projection is set aside, so that the heads' output A comes out unprojected; each rank's columns
 of it then go through block.py's algebra in turn, and the ranks' shares are added up in rank order.
 
-A plan is applied by giving each dropped block's decoder layer and output projection a `forward` of their own; all
+A plan is applied by giving each treated block's decoder layer and output projection a `forward` of their own; all
 other blocks are not touched, so an empty plan changes nothing, bit for bit. Parameters are read where they are at
 every call: nothing is copied, state-dict keys stay, and training through a simulated block trains the model's own
 weights. Residual dropout (OPT, Phi-3), which serving does not have, is left out of dropped blocks in training mode.
@@ -54,13 +54,15 @@ def simulate(model: nn.Module, plan: SyncPlan) -> Simulation:
     """
     view = covered(model, plan.ranks)
     plan.check(facts(view))
-    blocks, int8 = ([view.blocks[index] for index in chosen] for chosen in (plan.dropped, plan.int8))
-    for block in [*blocks, *int8]:
+    blocks, int8, skipped = (
+        [view.blocks[index] for index in chosen] for chosen in (plan.dropped, plan.int8, plan.skipped)
+    )
+    for block in [*blocks, *int8, *skipped]:
         check_plain(block)
     corrections = {
         index: correction_of(view.blocks[index], plan.ranks, kind) for index, kind in plan.corrections.items()
     }
-    return Simulation(blocks, plan.ranks, corrections, int8=int8)
+    return Simulation(blocks, plan.ranks, corrections, int8=int8, skipped=skipped)
 
 
 class Simulation:
@@ -73,8 +75,9 @@ class Simulation:
         corrections: Mapping[int, Correction] | None = None,
         *,
         int8: Sequence[Block] = (),
+        skipped: Sequence[Block] = (),
     ) -> None:
-        """Give `blocks` their SPD forward and `int8` theirs; `check_plain` must have passed. Users call `simulate`."""
+        """Give `blocks`, `int8` and `skipped` the forward of their treatment; users call `simulate`, which checks."""
         self._replaced: list[nn.Module] = []
         for block in blocks:
             correction = (corrections or {}).get(block.index)
@@ -83,6 +86,8 @@ class Simulation:
         for block in int8:
             self._replace(block.layer, partial(int8_layer, block, ranks))
             self._replace(block.o.base, _identity)
+        for block in skipped:
+            self._replace(block.layer, partial(skipped_layer, block, ranks))
 
     def _replace(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
         module.forward = forward
@@ -181,6 +186,21 @@ def int8_layer(block: Block, ranks: int, hidden_states: Tensor, **kwargs: Any) -
     shares = [attention_share(own, part) for own, part in zip(heads.tensor_split(ranks, dim=-1), local, strict=True)]
     u = add_residual(hidden_states, all_reduce(shares), r, block.o.bias)
     return add_residual(u, reduce(torch.add, (mlp_share(u, part) for part in local)), r, block.down.bias)
+
+
+def skipped_layer(block: Block, ranks: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The decoder layer's forward without attention and its sync: X + r (MLP(norm(X)) + c); as `spd_layer` otherwise.
+
+    A key/value cache is still told how many tokens went by, because the model asks its first block for that.
+    """
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        batch, tokens = hidden_states.shape[:2]
+        nothing = hidden_states.new_zeros(batch, 1, tokens, 1)
+        cache.update(nothing, nothing, block.index)
+    local = [local_block(block, rank, ranks) for rank in range(ranks)]
+    total = reduce(torch.add, (mlp_share(hidden_states, part) for part in local))
+    return add_residual(hidden_states, total, block.residual_multiplier, block.down.bias)
 
 
 def head_outputs(block: Block, hidden_states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

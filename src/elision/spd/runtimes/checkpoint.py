@@ -20,6 +20,7 @@ from elision.spd.plan import ModelFacts, SyncPlan
 
 # What of a plan the runtimes carry out; a plan that says more is refused, whatever it is.
 KNOWN = {"version", "ranks", "dropped", "healed", "corrections", "model", "calibration"}
+RECORDS = {"heads", "healing", "verified"}  # what was done to the weights, is still to do, was measured: no arithmetic
 
 
 def plan_of(config: PretrainedConfig, where: str = "the model's config") -> SyncPlan:
@@ -59,7 +60,7 @@ def check_fits(config: PretrainedConfig, plan: SyncPlan) -> None:
     intermediate = intermediate_size(text)
     sizes = (text.num_hidden_layers, heads, kv_heads, head_dim, text.hidden_size, intermediate)
     plan.check(ModelFacts(text.model_type, *sizes))
-    if unknown := sorted(set(plan.to_dict()) - KNOWN):
+    if unknown := sorted(set(plan.to_dict()) - KNOWN - RECORDS):
         raise InputError(f"plan uses {unknown[0]}, which only the simulation runs: run it with elision.spd.load")
 
 
