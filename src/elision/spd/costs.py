@@ -129,7 +129,7 @@ def block_seconds(
 
 def treatments(plan: SyncPlan, layers: int) -> tuple[str, ...]:
     """The treatment of each of `layers` blocks under `plan`."""
-    return tuple("dropped" if i in plan.dropped else "int8" if i in plan.int8 else "dense" for i in range(layers))
+    return tuple(plan.treatment(block) for block in range(layers))
 
 
 @dataclass(frozen=True)
