@@ -354,7 +354,7 @@ def refused(model: nn.Module, plan: Any, message: str) -> None:
 def test_refusals_name_what_is_wrong_and_change_nothing() -> None:
     model = tiny.lora()
     plan = tiny.plan(model)
-    refused(tiny.lora("opt"), plan, "type llama, this model has type opt: make a plan for this model")
+    refused(tiny.lora("opt"), plan, "type llama, this model has type opt: calibrate a plan for this model")
     refused(tiny.lora(num_hidden_layers=3), plan, "layers 2, this model has layers 3")
     refused(tiny.lora(intermediate_size=44), plan, "intermediate 40, this model has intermediate 44")
     refused(model, "plan.json", r"plan is a str, not a SparsityPlan: use SparsityPlan.load\(path\)")

@@ -24,36 +24,31 @@ checkpointing runs its forward under no_grad.
 from __future__ import annotations
 
 import inspect
-import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from elision import blocks
 from elision.errors import InputError
 from elision.sparselora import tokens
 from elision.sparselora.choices import BlockChoices, Kept, SparseBatch
+from elision.sparselora.coverage import check_model, idle
 from elision.sparselora.factors import Factors, estimated
 from elision.sparselora.fast import Fast
 from elision.sparselora.plan import ModelFacts, SparsityPlan
 from elision.sparselora.reference import MaskedLinear
 from elision.sparselora.rows import Elisions, Rows, arrange
+from elision.sparselora.schedule import schedule
 from elision.sparselora.tokens import TokenKinds
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
 
 _ARGUMENT = "elision_sparse_batch"
 Route = Literal["auto", "reference", "fast"]
-logger = logging.getLogger(__name__)
 
 
 def sparsify(
@@ -89,7 +84,7 @@ def sparsify(
     if reason := blocks.refusal(view.model.config, "sparselora"):
         raise InputError(reason)
     plan.check(ModelFacts.of(model))
-    _check_model(view, plan)
+    check_model(view, plan)
     if isinstance(factors, str | Path):
         factors = Factors.load(factors)
     if any(estimated(plan, block.index, name) for block in view.blocks for name in block.projections):
@@ -128,7 +123,7 @@ class SparseHandle:
         self.plan = plan
         self.forwards: Counter[str] = Counter()
         self.paths: Counter[str] = Counter()
-        self.schedule = _schedule(self)
+        self.schedule = schedule(self)
         self.draws = 0  # sparse forwards so far: the control "random" draws by it
         self._view = view
         self._done: float | None = None  # share of the steps done; None: nobody has told
@@ -273,7 +268,7 @@ class SparseHandle:
             return "torch.compile"
         if self._fast is None or vars(self._view.model).get("forward") is not self._forward:
             return "a replaced forward of the model"
-        return self._fast.obstacle() or self._fast.call_obstacle(call)
+        return self._fast.obstacle(call)
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self._batch = self._step = None
@@ -295,7 +290,7 @@ class SparseHandle:
             return None, None, "no labels in the call"
         if call.get("past_key_values") is not None:
             return None, None, "a key/value cache in the call"
-        if reason := _idle(model):
+        if reason := idle(model):
             return None, None, reason
         given = [call.get(name) for name in ("labels", "attention_mask", "position_ids")]
         kinds = tokens.classify(*(None if tensor is None else tensor.cpu() for tensor in given))  # type: ignore[arg-type]
@@ -348,90 +343,3 @@ def _open(choices: BlockChoices, attention: nn.Module, args: tuple, kwargs: dict
         return None
     choices.batch.opened = True
     return args, {name: value for name, value in kwargs.items() if name != _ARGUMENT}
-
-
-def _idle(model: nn.Module) -> str | None:
-    """Why the LoRA adapters of `model` add nothing to this forward; None: they do."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if any(layer.merged for layer in layers):
-        return "adapters merged"
-    if any(layer.disable_adapters for layer in layers):
-        return "adapters disabled"
-    if not any(_active(layer) for layer in layers):
-        return "no active adapter"
-    return None
-
-
-def _active(layer: LoraLayer) -> list[str]:
-    """Names of the adapters that `layer` adds to its base."""
-    return [name for name in layer.active_adapters if name in layer.lora_A or name in layer.lora_embedding_A]
-
-
-def _check_model(view: blocks.Decoder, plan: SparsityPlan) -> None:
-    """Raise InputError where the model is not one that the method can make sparse as it stands."""
-    modules = list(view.model.modules())
-    if any(isinstance(module, MaskedLinear) for module in modules):
-        raise InputError("model is sparse already: remove() its first handle before sparsify")
-    layers = [module for module in modules if isinstance(module, LoraLayer)]
-    if not layers:
-        raise InputError("model has no LoRA adapter to train: add one with peft.get_peft_model before sparsify")
-    if reason := _idle(view.model):
-        raise InputError(f"model has {reason}, so there is nothing to train: enable or unmerge its LoRA adapter first")
-    if not any(p.requires_grad for layer in layers for n, p in layer.named_parameters() if "lora_" in n):
-        name = layers[0].active_adapters[0]
-        raise InputError(f"adapter '{name}' is not trainable: load it with is_trainable=True before sparsify")
-    for block in view.blocks:
-        if plan.rotary_pairs and plan.qk[block.index] > 0 and block.rotary_dim != block.head_dim:
-            raise InputError(
-                f"rotary_pairs is set, but {block.rotary_dim} of {block.head_dim} dimensions of a head rotate in "
-                f"{view.config.model_type}: make the plan with rotary_pairs=False"
-            )
-        for name, projection in block.projections.items():
-            if plan.sparsity(block.index, name) > 0:
-                _check_projection(f"{projection.attribute} of layer {block.index}", projection)
-
-
-def _check_projection(where: str, projection: blocks.Projection) -> None:
-    module: Any = projection.module
-    while isinstance(module, BaseTunerLayer):
-        if not isinstance(module, LoraLayer):
-            raise InputError(f"{where} has a {type(module).__name__} adapter: SparseLoRA covers LoRA, use LoraConfig")
-        if variants := [name for name in _active(module) if name in module.lora_variant]:
-            kind = type(module.lora_variant[variants[0]]).__name__
-            raise InputError(f"{where} has adapter '{variants[0]}' of kind {kind}: SparseLoRA covers plain LoRA")
-        module = module.base_layer
-    if type(module) is not nn.Linear or module.weight.is_meta:
-        kind = "offloaded" if isinstance(module, nn.Linear) and module.weight.is_meta else type(module).__name__
-        raise InputError(f"{where} is {kind}, not a plain nn.Linear: load the model unquantised and on one device")
-
-
-def _schedule(handle: SparseHandle) -> TrainerCallback:
-    """The callback that tells `handle` at the start of every optimizer step how far training is.
-
-    Trainer resumes a callback by building it anew from its class and exported state, without arguments: so the class
-    itself knows its handle.
-    """
-    from transformers import TrainerCallback
-    from transformers.trainer_callback import ExportableState
-
-    class SparsitySchedule(TrainerCallback, ExportableState):
-        @property
-        def draws(self) -> int:
-            return handle.draws
-
-        @draws.setter
-        def draws(self, value: int) -> None:
-            handle.draws = value
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            handle.step(min(1.0, state.global_step / max(1, state.max_steps)))
-            if state.is_world_process_zero:
-                logger.info(handle.summary())
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            handle.step(min(1.0, state.global_step / max(1, state.max_steps)))
-
-        def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": {"draws": self.draws}}
-
-    return SparsitySchedule()

@@ -1,42 +1,32 @@
 """The fast step: the loss of a whole decoder over rows (rows.py), equal to the masked-dense reference.
 
-The stack's forward is written out once more, for families that share Llama's block (`COVERED`): embeddings of the
-rows that count, per block norm + QKV, attention, O + residual, norm + MLP + residual (linear.py, mlp.py), then final
-norm, head and loss at the rows that bear it (head.py). All parts that carry a model's own ideas are the model's own
-modules and functions: embeddings, rotary angles, q/k norms, attention function, final norm, activation.
+The stack's forward is written out once more, for families that share Llama's block: embeddings of the rows that count,
+per block norm + QKV, attention, O + residual, norm + MLP + residual (linear.py, mlp.py), then final norm, head and loss
+at the rows that bear it (head.py). All parts that carry a model's own ideas are the model's own modules and functions:
+embeddings, rotary angles, q/k norms, attention function, final norm, activation.
 
-What it does not cover it names (`obstacle`), and the caller takes the reference instead: modules of a kind, hooks on
-modules that it would step over, trained parameters that it computes no gradient for, arguments that change the output.
-Nothing is remembered between steps but the weights' layout, so what changes meanwhile is seen by the next forward.
+What it does not cover it names (obstacles.py), and the caller takes the reference instead. Nothing is remembered
+between steps but the weights' layout, so what changes meanwhile is seen by the next forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Set
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from elision.blocks import Block, Decoder, Projection
-from elision.sparselora import tokens
+from elision.blocks import Block, Decoder
+from elision.sparselora.adapters import stacked
 from elision.sparselora.attend import attend, rotate, window_mask
 from elision.sparselora.choices import BlockChoices, SparseBatch
 from elision.sparselora.head import head_loss
 from elision.sparselora.layout import BlockWeights, Layout, stacked_bias
-from elision.sparselora.linear import Adapters, Choose, Norm, linear_residual, norm_linear
+from elision.sparselora.linear import Choose, Norm, linear_residual, norm_linear
 from elision.sparselora.mlp import GatedMLP, mlp_residual
-from elision.sparselora.reference import MaskedLinear
+from elision.sparselora.obstacles import call_obstacle, hooked, model_obstacle
 from elision.sparselora.rows import Elisions, Rows
-
-COVERED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
-
-_READ = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"}
-_HARMLESS: dict[str, tuple] = {"use_cache": (False,), "return_dict": (True,), "logits_to_keep": (0,)}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Fast:
@@ -49,76 +39,13 @@ class Fast:
         self.own = own
         self.layout = Layout(view.blocks)
 
+    def obstacle(self, call: dict[str, Any] | None = None) -> str | None:
+        """Why the model as it is now, or this call of it, takes the reference; None: it does not."""
+        return model_obstacle(self.view, self.own) or (call_obstacle(call) if call is not None else None)
+
     def remove(self) -> None:
         """Put the weights back."""
         self.layout.remove()
-
-    def obstacle(self) -> str | None:
-        """Why this model, as it is now, takes the reference; None: it does not."""
-        view, config = self.view, self.view.config
-        if config.model_type not in COVERED:
-            return f"{view.family.name} blocks"
-        if not type(view.model).__module__.startswith("transformers."):
-            return f"{type(view.model).__name__} is not transformers' own"
-        if config._attn_implementation != "sdpa":
-            return f"attention implementation {config._attn_implementation}"
-        if view.model.loss_function is not ForCausalLMLoss:
-            return "a loss function of its own"
-        if any(getattr(config, name, 0.0) for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")):
-            return "dropout in the model"
-        dtype, device = view.blocks[0].q.base.weight.dtype, view.blocks[0].q.base.weight.device
-        if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != dtype:
-            return f"autocast from {_name(dtype)} to {_name(torch.get_autocast_dtype(device.type))}"
-        for block in view.blocks:
-            if reason := self._layer_obstacle(block, dtype, device):
-                return f"{reason} in layer {block.index}"
-        return None
-
-    def _layer_obstacle(self, block: Block, dtype: torch.dtype, device: torch.device) -> str | None:
-        layer: Any = block.layer
-        if getattr(layer, "gradient_checkpointing", False):
-            return "gradient checkpointing"
-        adapters: set[int] = set()
-        for name, projection in block.projections.items():
-            if reason := _projection_obstacle(projection, adapters):
-                return f"{reason} at {name}"
-            weight = projection.base.weight
-            if weight.dtype != dtype or weight.device != device:
-                return f"{name} of another dtype or device than q of layer 0"
-        waiting: list[Any] = [layer]
-        while waiting:  # by hand: named_modules takes several times as long, in every forward
-            module = waiting.pop()
-            if module is None:
-                continue
-            if "forward" in module.__dict__:
-                return f"a replaced forward of {_place(layer, module)}"
-            if _hooked(module, self.own):
-                return f"a hook on {_place(layer, module)}"
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.requires_grad and id(parameter) not in adapters:
-                    return f"trained parameters of {_place(layer, module)}"
-            waiting.extend(module._modules.values())
-        return None
-
-    def call_obstacle(self, call: dict[str, Any]) -> str | None:
-        """Why this call takes the reference; None: it does not."""
-        if torch.compiler.is_compiling():
-            return "torch.compile"
-        for name, value in call.items():
-            if name not in _READ and value is not None and not any(value is v for v in _HARMLESS.get(name, (False,))):
-                return f"{name} in the call"
-        labels, mask = call["labels"].cpu(), call.get("attention_mask")
-        target = labels[:, 1:] != tokens.IGNORED
-        if mask is not None:
-            real = mask.cpu() != 0
-            if bool((target & ~(real[:, 1:] & real[:, :-1])).any()):
-                return "a target at or after a masked position"
-        positions = call.get("position_ids")
-        if positions is not None:
-            segment = tokens.segments(labels, mask, positions.cpu())
-            if bool((target & (segment[:, 1:] != segment[:, :-1])).any()):
-                return "a target at the start of a packed sequence"
-        return None
 
     def forward(self, call: dict[str, Any], rows: Rows, batch: SparseBatch | None) -> CausalLMOutputWithPast:
         """Loss of `rows` of the call; `batch` has the channels chosen so far, None: all dense."""
@@ -180,7 +107,7 @@ class Fast:
 
         def project(x: Tensor, names: tuple[str, ...], low: int, high: int, count: int) -> Tensor:
             part = slice(low, high)
-            adapters = _adapters([block.q, block.k, block.v], h.dtype, low, high)
+            adapters = stacked([block.q, block.k, block.v], h.dtype, low, high)
             chosen = _choose(choices, batch, names)
             own = None if bias is None else bias[part]
             return norm_linear(x, norm, weights.qkv[part], own, adapters, count, chosen)
@@ -200,7 +127,7 @@ class Fast:
         z = attend(block.attention, q, rotate(k, cos, sin), v, rows, window_mask(rows, block.sliding_window))
         kept = batch.kept.get((block.index, "o")) if batch is not None else None
         out = linear_residual(
-            mine, z.flatten(1), weights.o, block.o.bias, _adapters([block.o], h.dtype),
+            mine, z.flatten(1), weights.o, block.o.bias, stacked([block.o], h.dtype),
             block.residual_multiplier, still, kept,
         )  # fmt: skip
         assert block.gate is not None
@@ -213,7 +140,7 @@ class Fast:
             block.activation,
             block.residual_multiplier,
         )
-        gate_up, down = _adapters([block.gate, block.up], h.dtype), _adapters([block.down], h.dtype)
+        gate_up, down = stacked([block.gate, block.up], h.dtype), stacked([block.down], h.dtype)
         return mlp_residual(out, mlp, gate_up, down, still, _choose(choices, batch, ("up",)))
 
     def _output(self, call: dict[str, Any], rows: Rows, h: Tensor) -> CausalLMOutputWithPast:
@@ -227,7 +154,7 @@ class Fast:
             )
             return CausalLMOutputWithPast(loss=loss, logits=logits)
         h, head = h[len(h) - rows.bearing :], view.lm_head
-        if type(head) is nn.Linear and "forward" not in vars(head) and not (head.weight.requires_grad or _hooked(head)):
+        if type(head) is nn.Linear and "forward" not in vars(head) and not (head.weight.requires_grad or hooked(head)):
             assert view.final_norm is not None
             x = view.final_norm(h)
             total = head_loss(x, head.weight.detach(), head.bias, rows.targets, view.logits_scaling)
@@ -265,74 +192,5 @@ def _choose(choices: BlockChoices, batch: SparseBatch | None, names: tuple[str, 
     return choose
 
 
-def _adapters(projections: list[Projection], dtype: torch.dtype, low: int = 0, high: int | None = None) -> Adapters:
-    """Active adapters of stacked projections, cast once, for the outputs [low, high) of the stack."""
-    found, start, rank = Adapters(), 0, 0
-    factors: list[Tensor] = []
-    modules: Any = dict.fromkeys(projection.module for projection in projections)
-    for module in modules:
-        stop = start + module.out_features
-        first, last = max(start, low), min(stop, stop if high is None else high)
-        if isinstance(module, LoraLinear) and first < last and (names := _active(module)):
-            factor: Any = module.lora_A[names[0]].weight
-            other: Any = module.lora_B[names[0]].weight
-            other = other[first - start : last - start] * module.scaling[names[0]]
-            factors.append(factor)
-            found.b.append(other.to(dtype))
-            found.ranks.append(slice(rank, rank + len(factor)))
-            found.outputs.append(slice(first - low, last - low))
-            rank += len(factor)
-        start = stop
-    if factors:
-        found.a = (factors[0] if len(factors) == 1 else torch.cat(factors)).to(dtype)
-    return found
-
-
-def _projection_obstacle(projection: Projection, adapters: set[int]) -> str | None:
-    """Why this projection cannot be computed; None: it can, and its trained factors are added to `adapters`."""
-    module: Any = projection.module
-    if isinstance(module, LoraLinear):
-        names = _active(module)
-        if len(names) > 1:
-            return f"adapters {', '.join(names)} at once"
-        for name in names:
-            if name in module.lora_variant:
-                return f"an adapter of kind {type(module.lora_variant[name]).__name__}"
-            if getattr(module.lora_dropout[name], "p", 0.0):
-                return "LoRA dropout"
-            if module.lora_bias.get(name):
-                return "a bias in an adapter"
-            adapters.update({id(module.lora_A[name].weight), id(module.lora_B[name].weight)})
-        if module.fan_in_fan_out:
-            return "a transposed base"
-        module = module.base_layer
-    if type(module) not in (nn.Linear, MaskedLinear):
-        return f"{type(module).__name__}"
-    return None
-
-
-def _active(module: LoraLinear) -> list[str]:
-    return [name for name in module.active_adapters if name in module.lora_A]
-
-
-def _hooked(module: Any, own: Set[int] = frozenset()) -> bool:
-    """Whether a hook waits for this module to be called, other than `own` and those that transformers leaves behind
-    where hidden states were once asked for, which do nothing unless they are asked for again.
-    """
-    for kind in _HOOKS:
-        for number, hook in module.__dict__[kind].items():
-            if number not in own and getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
-                return True
-    return False
-
-
-def _place(layer: nn.Module, module: nn.Module) -> str:
-    return next(name for name, found in layer.named_modules() if found is module) or "the layer"
-
-
 def _norm(module: Any) -> Norm:
     return Norm(module.weight.detach(), module.variance_epsilon)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,68 @@
+"""What SparseLoRA can make sparse: a model and its adapters are checked before anything is changed.
+
+`check_model` refuses by name; `idle` says why a forward has nothing to train.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from elision import blocks
+from elision.errors import InputError
+from elision.sparselora.adapters import active
+from elision.sparselora.plan import SparsityPlan
+from elision.sparselora.reference import MaskedLinear
+
+
+def idle(model: nn.Module) -> str | None:
+    """Why the LoRA adapters of `model` add nothing to this forward; None: they do."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(layer.merged for layer in layers):
+        return "adapters merged"
+    if any(layer.disable_adapters for layer in layers):
+        return "adapters disabled"
+    if not any(active(layer) for layer in layers):
+        return "no active adapter"
+    return None
+
+
+def check_model(view: blocks.Decoder, plan: SparsityPlan) -> None:
+    """Raise InputError where the model is not one that the method can make sparse as it stands."""
+    modules = list(view.model.modules())
+    if any(isinstance(module, MaskedLinear) for module in modules):
+        raise InputError("model is sparse already: remove() its first handle before sparsify")
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    if not layers:
+        raise InputError("model has no LoRA adapter to train: add one with peft.get_peft_model before sparsify")
+    if reason := idle(view.model):
+        raise InputError(f"model has {reason}, so there is nothing to train: enable or unmerge its LoRA adapter first")
+    if not any(p.requires_grad for layer in layers for n, p in layer.named_parameters() if "lora_" in n):
+        name = layers[0].active_adapters[0]
+        raise InputError(f"adapter '{name}' is not trainable: load it with is_trainable=True before sparsify")
+    for block in view.blocks:
+        if plan.rotary_pairs and plan.qk[block.index] > 0 and block.rotary_dim != block.head_dim:
+            raise InputError(
+                f"rotary_pairs is set, but {block.rotary_dim} of {block.head_dim} dimensions of a head rotate in "
+                f"{view.config.model_type}: make the plan with rotary_pairs=False"
+            )
+        for name, projection in block.projections.items():
+            if plan.sparsity(block.index, name) > 0:
+                _check_projection(f"{projection.attribute} of layer {block.index}", projection)
+
+
+def _check_projection(where: str, projection: blocks.Projection) -> None:
+    module: Any = projection.module
+    while isinstance(module, BaseTunerLayer):
+        if not isinstance(module, LoraLayer):
+            raise InputError(f"{where} has a {type(module).__name__} adapter: SparseLoRA covers LoRA, use LoraConfig")
+        if variants := [name for name in active(module) if name in module.lora_variant]:
+            kind = type(module.lora_variant[variants[0]]).__name__
+            raise InputError(f"{where} has adapter '{variants[0]}' of kind {kind}: SparseLoRA covers plain LoRA")
+        module = module.base_layer
+    if type(module) is not nn.Linear or module.weight.is_meta:
+        kind = "offloaded" if isinstance(module, nn.Linear) and module.weight.is_meta else type(module).__name__
+        raise InputError(f"{where} is {kind}, not a plain nn.Linear: load the model unquantised and on one device")

@@ -1,0 +1,139 @@
+"""Why a forward takes the reference and not the fast path, in a few words each.
+
+What the fast path does not cover it names: modules of a kind, hooks on modules that it would step over, trained
+parameters that it computes no gradient for, arguments that change the output. All of it is looked up anew in every
+forward, so what changes meanwhile is seen by the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from elision.blocks import Block, Decoder, Projection
+from elision.sparselora import tokens
+from elision.sparselora.adapters import active
+from elision.sparselora.reference import MaskedLinear
+
+COVERED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
+
+_READ = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"}
+_HARMLESS: dict[str, tuple] = {"use_cache": (False,), "return_dict": (True,), "logits_to_keep": (0,)}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def model_obstacle(view: Decoder, own: Set[int]) -> str | None:
+    """Why this model, as it is now, takes the reference; None: it does not. `own` are the ids of our own hooks."""
+    config = view.config
+    if config.model_type not in COVERED:
+        return f"{view.family.name} blocks"
+    if not type(view.model).__module__.startswith("transformers."):
+        return f"{type(view.model).__name__} is not transformers' own"
+    if config._attn_implementation != "sdpa":
+        return f"attention implementation {config._attn_implementation}"
+    if view.model.loss_function is not ForCausalLMLoss:
+        return "a loss function of its own"
+    if any(getattr(config, name, 0.0) for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")):
+        return "dropout in the model"
+    dtype, device = view.blocks[0].q.base.weight.dtype, view.blocks[0].q.base.weight.device
+    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != dtype:
+        return f"autocast from {_name(dtype)} to {_name(torch.get_autocast_dtype(device.type))}"
+    for block in view.blocks:
+        if reason := _layer_obstacle(block, dtype, device, own):
+            return f"{reason} in layer {block.index}"
+    return None
+
+
+def call_obstacle(call: dict[str, Any]) -> str | None:
+    """Why this call takes the reference; None: it does not."""
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    for name, value in call.items():
+        if name not in _READ and value is not None and not any(value is v for v in _HARMLESS.get(name, (False,))):
+            return f"{name} in the call"
+    labels, mask = call["labels"].cpu(), call.get("attention_mask")
+    target = labels[:, 1:] != tokens.IGNORED
+    if mask is not None:
+        real = mask.cpu() != 0
+        if bool((target & ~(real[:, 1:] & real[:, :-1])).any()):
+            return "a target at or after a masked position"
+    positions = call.get("position_ids")
+    if positions is not None:
+        segment = tokens.segments(labels, mask, positions.cpu())
+        if bool((target & (segment[:, 1:] != segment[:, :-1])).any()):
+            return "a target at the start of a packed sequence"
+    return None
+
+
+def _layer_obstacle(block: Block, dtype: torch.dtype, device: torch.device, own: Set[int]) -> str | None:
+    layer: Any = block.layer
+    if getattr(layer, "gradient_checkpointing", False):
+        return "gradient checkpointing"
+    adapters: set[int] = set()
+    for name, projection in block.projections.items():
+        if reason := _projection_obstacle(projection, adapters):
+            return f"{reason} at {name}"
+        weight = projection.base.weight
+        if weight.dtype != dtype or weight.device != device:
+            return f"{name} of another dtype or device than q of layer 0"
+    waiting: list[Any] = [layer]
+    while waiting:  # by hand: named_modules takes several times as long, in every forward
+        module = waiting.pop()
+        if module is None:
+            continue
+        if "forward" in module.__dict__:
+            return f"a replaced forward of {_place(layer, module)}"
+        if hooked(module, own):
+            return f"a hook on {_place(layer, module)}"
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in adapters:
+                return f"trained parameters of {_place(layer, module)}"
+        waiting.extend(module._modules.values())
+    return None
+
+
+def _projection_obstacle(projection: Projection, adapters: set[int]) -> str | None:
+    """Why this projection cannot be computed; None: it can, and its trained factors are added to `adapters`."""
+    module: Any = projection.module
+    if isinstance(module, LoraLinear):
+        names = active(module)
+        if len(names) > 1:
+            return f"adapters {', '.join(names)} at once"
+        for name in names:
+            if name in module.lora_variant:
+                return f"an adapter of kind {type(module.lora_variant[name]).__name__}"
+            if getattr(module.lora_dropout[name], "p", 0.0):
+                return "LoRA dropout"
+            if module.lora_bias.get(name):
+                return "a bias in an adapter"
+            adapters.update({id(module.lora_A[name].weight), id(module.lora_B[name].weight)})
+        if module.fan_in_fan_out:
+            return "a transposed base"
+        module = module.base_layer
+    if type(module) not in (nn.Linear, MaskedLinear):
+        return f"{type(module).__name__}"
+    return None
+
+
+def hooked(module: Any, own: Set[int] = frozenset()) -> bool:
+    """Whether a hook waits for this module to be called, other than `own` and those that transformers leaves behind
+    where hidden states were once asked for, which do nothing unless they are asked for again.
+    """
+    for kind in _HOOKS:
+        for number, hook in module.__dict__[kind].items():
+            if number not in own and getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+                return True
+    return False
+
+
+def _place(layer: nn.Module, module: nn.Module) -> str:
+    return next(name for name, found in layer.named_modules() if found is module) or "the layer"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
