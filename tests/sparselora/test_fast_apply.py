@@ -417,7 +417,6 @@ def obstacles() -> dict[str, Any]:
         "a loss function of its own": own_loss,
         "dropout in the model": attention_dropout,
         "a replaced forward of mlp in layer 0": replaced,
-        "gradient checkpointing in layer 0": lambda model: tiny.checkpoint(model, False),
     }
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
-from elision.sparselora import SparsityPlan, sparsify
+from elision.sparselora import SparsityPlan, keep_labels, sparsify
 from tests.sparselora import tiny
 
 # What PEFT 0.21 and transformers 5.23 say about each other.
@@ -32,21 +32,22 @@ def rows(count: int) -> list[dict[str, Tensor]]:
     return found
 
 
-def trainer(model: Any, handle: Any, folder: Path, **settings: Any) -> Trainer:
+def trainer(model: Any, handle: Any, folder: Path, parts: dict[str, Any] | None = None, **settings: Any) -> Trainer:
+    """`parts` are the Trainer's own arguments, `settings` those of TrainingArguments."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
         per_device_train_batch_size=2,
-        max_steps=10,
         learning_rate=1e-2,
         logging_steps=1,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **{"save_strategy": "no", **settings},
+        **{"save_strategy": "no", "max_steps": 10, **settings},
     )
     callbacks = [handle.schedule] if handle is not None else []
-    return Trainer(model, arguments, train_dataset=rows(16), eval_dataset=rows(4), callbacks=callbacks)
+    data = {"train_dataset": rows(16), "eval_dataset": rows(4)}
+    return Trainer(model, arguments, callbacks=callbacks, **data, **(parts or {}))  # type: ignore[arg-type]
 
 
 def losses(run: Trainer) -> list[float]:
@@ -67,6 +68,74 @@ def test_the_schedule_evaluation_and_accumulation(tmp_path: Path) -> None:
     assert run.evaluate()["eval_loss"] == while_sparse  # evaluation was dense
     assert losses(run)[:3] == losses(dense)[:3] and losses(run)[3] != losses(dense)[3]
     assert losses(run)[-1] < losses(run)[0]
+
+
+def trained(folder: Path, path: Any, parts: dict[str, Any] | None = None, **settings: Any) -> tuple[list[float], Any]:
+    """Losses and handle of a short run, the first of its steps dense."""
+    model = tiny.lora(dtype=torch.float32)
+    with sparsify(model, tiny.plan(model, 0.6, dense_steps=0.25), path=path) as handle:
+        run = trainer(model, handle, folder, parts, **{"max_steps": 4, **settings})
+        run.train()
+    return losses(run), handle
+
+
+def test_the_fast_path_with_accumulation_trains_as_the_reference_does(tmp_path: Path) -> None:
+    settings = {"gradient_accumulation_steps": 2}
+    expected, _ = trained(tmp_path, "reference", **settings)
+    found, handle = trained(tmp_path, "fast", **settings)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert handle.paths == {"fast": 8} and handle.forwards == {"dense (first steps)": 2, "sparse": 6}
+
+
+def cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Of the model itself, as a loss function of a user's own."""
+    logits = outputs["logits"][:, :-1].flatten(0, 1)
+    total = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return total / num_items_in_batch
+
+
+ALL_LOGITS = "fast, with all logits (no labels in the call)"
+
+
+def test_a_loss_function_of_ones_own(tmp_path: Path) -> None:
+    """The trainer keeps the labels, so the model gives logits; `keep_labels` tells tokens apart all the same."""
+    expected, _ = trained(tmp_path, "fast", gradient_accumulation_steps=2)
+    parts = {"compute_loss_func": cross_entropy, "data_collator": keep_labels(default_data_collator)}
+    for path, paths in (("auto", {ALL_LOGITS: 8}), ("reference", {})):
+        found, handle = trained(tmp_path, path, parts, gradient_accumulation_steps=2)
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert handle.paths == paths and handle.forwards["sparse"] == 6
+
+
+def test_label_smoothing(tmp_path: Path) -> None:
+    parts = {"data_collator": keep_labels(default_data_collator)}
+    expected, _ = trained(tmp_path, "reference", parts, label_smoothing_factor=0.2)
+    found, handle = trained(tmp_path, "auto", parts, label_smoothing_factor=0.2)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert handle.paths == {ALL_LOGITS: 4} and handle.forwards == {"dense (first steps)": 1, "sparse": 3}
+    plain, _ = trained(tmp_path, "reference")
+    assert found != pytest.approx(plain, rel=1e-2)
+
+
+def test_a_loss_without_labels_in_the_call_is_dense_and_says_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="dense where a training call has no labels: give the Trainer data_collator="):
+        _, handle = trained(tmp_path, "auto", label_smoothing_factor=0.2)
+    assert handle.forwards == {"dense (no labels in the call)": 4}
+
+
+def test_metrics_are_those_of_the_dense_model(tmp_path: Path) -> None:
+    def accuracy(prediction: Any) -> dict[str, float]:
+        right = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
+        return {"accuracy": float(right.mean()), "mean": float(prediction.predictions.mean())}
+
+    model, found = tiny.lora(dtype=torch.float32), []
+    parts = {"compute_metrics": accuracy, "data_collator": keep_labels(default_data_collator)}
+    found.append(trainer(model, None, tmp_path, parts).evaluate())
+    with sparsify(model, tiny.plan(model), path="fast") as handle:
+        found.append(trainer(model, handle, tmp_path, parts).evaluate())
+        assert handle.forwards == {"dense (eval mode)": 1} and handle.paths == {}
+    for name in ("eval_loss", "eval_accuracy", "eval_mean"):
+        assert found[0][name] == found[1][name]
 
 
 def test_gradient_checkpointing_in_the_trainer(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from elision.sparselora.factors import Factors
     from elision.sparselora.plan import ModelFacts, SparsityPlan
     from elision.sparselora.rows import Elisions
+    from elision.sparselora.trainers import keep_labels
 
-__all__ = ["Elisions", "Factors", "ModelFacts", "SparseHandle", "SparsityPlan", "lossless", "sparsify"]
+__all__ = ["Elisions", "Factors", "ModelFacts", "SparseHandle", "SparsityPlan", "keep_labels", "lossless", "sparsify"]
 
 _HOME = {
     "Elisions": "rows",
@@ -28,6 +29,7 @@ _HOME = {
     "ModelFacts": "plan",
     "SparseHandle": "apply",
     "SparsityPlan": "plan",
+    "keep_labels": "trainers",
     "lossless": "apply",
     "sparsify": "apply",
 }

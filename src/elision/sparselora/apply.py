@@ -12,21 +12,28 @@ an argument because gradient checkpointing runs blocks again during backward wit
 recomputation finds its own batch, also where a dense pass (DPO's reference, an evaluation) came in between. Attention
 comes first in every block, so what it opens holds for the MLP behind it.
 
-That is the reference path. Where it can, a training forward takes the fast path instead (fast.py): the causal LM's
-`forward`, on this instance, is stood in for, and computes the same loss and gradients from the rows that matter. What
-it cannot do it names, and the forward goes through the modules as above; `SparseHandle.paths` counts both.
+That is the reference path. Where it can, a training forward takes the fast path instead (fast.py): `forward` of the
+causal LM, or of its stack, on this instance, is stood in for (standin.py), and computes the same loss and gradients
+from the rows that matter. What it cannot do it names, and the forward goes through the modules as above;
+`SparseHandle.paths` counts both.
 
-A forward is dense in eval mode, without labels, with a key/value cache (generate), with adapters disabled or merged,
-in the first steps of the schedule, and where no context token is left. It never depends on grad mode: reentrant
-checkpointing runs its forward under no_grad.
+A forward is dense in eval mode, without labels, with a key/value cache (generate), with adapters disabled, merged or
+never trained (a reference policy), in the first steps of the schedule, and where no context token is left. Nothing
+else depends on grad mode: reentrant checkpointing runs its forward under no_grad.
+
+Where a trainer computes the loss itself, from logits (label smoothing, a loss function of its own), it keeps labels
+from the model. Then they come as the argument `sparse_labels`, which `keep_labels` puts into every batch: it tells the
+tokens apart, is taken out before the model sees it, and has the fast path give all logits.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -38,16 +45,18 @@ from elision import blocks
 from elision.errors import InputError
 from elision.sparselora import tokens
 from elision.sparselora.choices import BlockChoices, Kept, SparseBatch
-from elision.sparselora.coverage import check_model, idle
+from elision.sparselora.coverage import active_names, check_model, idle
 from elision.sparselora.factors import Factors, estimated
-from elision.sparselora.fast import Fast
+from elision.sparselora.fast import Fast, Step
 from elision.sparselora.plan import ModelFacts, SparsityPlan
 from elision.sparselora.reference import MaskedLinear
-from elision.sparselora.rows import Elisions, Rows, arrange
-from elision.sparselora.schedule import schedule
+from elision.sparselora.rows import Elisions, arrange
+from elision.sparselora.standin import StandIn, eagerly
 from elision.sparselora.tokens import TokenKinds
+from elision.sparselora.trainers import LABELS, schedule
 
 _ARGUMENT = "elision_sparse_batch"
+logger = logging.getLogger(__name__)
 Route = Literal["auto", "reference", "fast"]
 
 
@@ -130,14 +139,16 @@ class SparseHandle:
         self._held: Kept | None = None
         self._batch: SparseBatch | None = None  # of the causal LM's forward that is running
         self._latest: SparseBatch | None = None
+        self._stack: nn.Module = view.model.get_decoder()
         self._signature = inspect.signature(type(view.model).forward)
         self._exchanged: list[tuple[nn.Module, str, nn.Linear, MaskedLinear]] = []
         self._hooks: list[Any] = []
         self._choices: list[BlockChoices] = []
         self._path: Route = path
         self._fast: Fast | None = None
-        self._forward: _Forward | None = None
-        self._step: tuple[dict[str, Any], Rows, SparseBatch | None] | None = None  # what the fast path is to compute
+        self._standins: dict[str, StandIn] = {}
+        self._step: tuple[str, Step] | None = None  # what the fast path is to compute, and at which forward
+        self._trained = active_names(view.model)  # names of adapters that were, or are about to be, trained
         try:
             self._exchange(factors)
             if path != "reference":
@@ -168,11 +179,11 @@ class SparseHandle:
         """Put the model back as it was, bit for bit; does nothing the second time."""
         while self._hooks:
             self._hooks.pop().remove()
-        if self._forward is not None and vars(self._view.model).get("forward") is self._forward:
-            del self._view.model.forward
+        while self._standins:
+            self._standins.popitem()[1].remove()
         if self._fast is not None:
             self._fast.remove()
-        self._forward = self._fast = self._step = None
+        self._fast = self._step = None
         originals = {id(masked): base for _, _, base, masked in self._exchanged}
         holders = [holder for holder, *_ in self._exchanged]
         for module in [*self._view.model.modules(), *holders]:  # merging moves a base; its old holder keeps it too
@@ -208,7 +219,7 @@ class SparseHandle:
         return line
 
     def _exchange(self, factors: Factors | None) -> None:
-        stack = self._view.model.get_decoder()
+        stack = self._stack
         self._hooks += [
             self._view.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._view.model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
@@ -230,45 +241,72 @@ class SparseHandle:
             self._hooks.append(block.attention.register_forward_pre_hook(partial(_open, choices), with_kwargs=True))
 
     def _stand_in(self, elisions: Elisions) -> None:
-        """Put a forward in front of the model's own that can take the fast path."""
-        fast = Fast(self._view, self._choices, elisions, {hook.id for hook in self._hooks})
-        reason = fast.obstacle()
-        if "forward" in vars(self._view.model):
-            reason = "a replaced forward of the model"
-        if reason is not None and self._path == "fast":
+        """Put forwards in front of the model's own, and of its stack's, that can take the fast path."""
+        fast, stack = Fast(self._view, self._choices, elisions, {hook.id for hook in self._hooks}), self._stack
+        if self._path == "fast" and (reason := fast.obstacle()):
             raise InputError(_uncovered(reason))
-        if "forward" not in vars(self._view.model):
-            self._fast, self._forward = fast, _Forward(self)
-            self._view.model.forward = self._forward
+        self._fast = fast
+        for name, module in (("model", self._view.model), ("stack", stack)):
+            if "forward" not in vars(module):
+                self._standins[name] = StandIn(module, partial(self._compute, name))
 
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _compute(self, name: str) -> Any:
+        """The output of the step that is to be computed at this forward, once; None: there is none."""
+        if self._step is None or self._fast is None or self._step[0] != name:
+            return None
+        (_, step), self._step, self._batch = self._step, None, None
+        return self._fast.forward(step) if name == "model" else self._fast.hidden(step)
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return eagerly(self._decided, model, args, kwargs)  # a graph would keep the first batch's decision
+
+    def _decided(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self._batch = self._step = None
         call = self._signature.bind_partial(model, *args, **kwargs).arguments
         call = {**call.pop("kwargs", {}), **call}
         call.pop("self")
-        kinds, rows, reason = self._decide(model, call)
+        labels = call.pop(LABELS, None)
+        labels = labels if call.get("labels") is None else call["labels"]
+        kinds, rows, reason = self._decide(model, call, labels)
         self.forwards[f"dense ({reason})" if rows is None else "sparse"] += 1
         if rows is not None:
             self._batch = self._latest = SparseBatch(rows, self.draws, dict(self._held or {}))
             self.draws += 1
         if kinds is not None and self._path != "reference":
-            if (obstacle := self._obstacle(call)) is None:
-                assert self._fast is not None
-                rest = [None if call.get(n) is None else call[n].cpu() for n in ("attention_mask", "position_ids")]
-                arranged = arrange(kinds, call["labels"].cpu(), rest[0], rest[1], rows, self._fast.elisions)
-                self._step = (call, arranged, self._batch)
-            elif self._path == "fast":
-                raise InputError(_uncovered(obstacle))
-            else:
-                self.paths[f"reference ({obstacle})"] += 1
+            self._route(call, labels.cpu(), kinds, rows)
+        return args, {name: value for name, value in kwargs.items() if name != LABELS}
 
-    def _obstacle(self, call: dict[str, Any]) -> str | None:
-        """Why this training forward takes the reference; None: it does not."""
-        if torch.compiler.is_compiling():
-            return "torch.compile"
-        if self._fast is None or vars(self._view.model).get("forward") is not self._forward:
-            return "a replaced forward of the model"
-        return self._fast.obstacle(call)
+    def _route(self, call: dict[str, Any], labels: Tensor, kinds: TokenKinds, rows: Tensor | None) -> None:
+        """Set the fast step of a training forward, or name why there is none."""
+        at, obstacle = self._obstacle(call, labels)
+        if obstacle is not None:
+            if self._path == "fast":
+                raise InputError(_uncovered(obstacle))
+            self._count(f"reference ({obstacle})")
+            return
+        assert self._fast is not None
+        elisions, inside = self._fast.elisions, call.get("labels") is not None
+        if not inside:
+            elisions = replace(elisions, logits=False).effective()
+        self._count("fast" if inside else "fast, with all logits (no labels in the call)")
+        mask, positions = (None if call.get(n) is None else call[n].cpu() for n in ("attention_mask", "position_ids"))
+        arranged = arrange(kinds, labels, mask, positions, rows, elisions)
+        self._step = at, Step(call, arranged, self._batch, elisions, (labels.shape[0], labels.shape[1]))
+
+    def _obstacle(self, call: dict[str, Any], labels: Tensor) -> tuple[str, str | None]:
+        """At which forward this training forward is computed, and why it takes the reference; None: it does not."""
+        assert self._fast is not None
+        at = "model" if "model" in self._standins and self._standins["model"].stands else "stack"
+        if at not in self._standins or not self._standins["stack"].stands:
+            return at, f"a replaced forward of {'the model' if at == 'model' else 'its stack'}"
+        if at == "stack" and call.get("fused_lm_head") is not True:  # TRL's, which reads what bears the loss
+            return at, "a replaced forward of the model"
+        return at, self._fast.obstacle(call, labels)
+
+    def _count(self, path: str) -> None:
+        self.paths[path] += 1
+        if self.paths[path] == 1 and path != "fast":
+            logger.warning("SparseLoRA: training forwards take the path: %s", path)
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self._batch = self._step = None
@@ -280,19 +318,28 @@ class SparseHandle:
         if self._batch is not None and not self._batch.opened:
             raise RuntimeError(f"{type(stack).__name__} hands no keyword arguments to its attention: cannot be sparse")
 
-    def _decide(self, model: nn.Module, call: dict[str, Any]) -> tuple[TokenKinds | None, Tensor | None, str]:
+    def _decide(
+        self, model: nn.Module, call: dict[str, Any], labels: Tensor | None
+    ) -> tuple[TokenKinds | None, Tensor | None, str]:
         """Kinds of the tokens of a training forward with a loss (None: it is none), mask of its sparse tokens
         (batch, sequence), and where that is None the reason why this forward is dense; on the CPU.
         """
         if not model.training:
             return None, None, "eval mode"
-        if call.get("labels") is None:
+        if labels is None:
+            if torch.is_grad_enabled() and self._done is not None:
+                self._warn_unlabelled()
             return None, None, "no labels in the call"
         if call.get("past_key_values") is not None:
             return None, None, "a key/value cache in the call"
         if reason := idle(model):
             return None, None, reason
-        given = [call.get(name) for name in ("labels", "attention_mask", "position_ids")]
+        active = active_names(model)
+        if torch.is_grad_enabled():
+            self._trained |= active
+        elif not active <= self._trained:  # a copy of the first adapter, say, that DPO compares with
+            return None, None, "an adapter that is not trained"
+        given = [labels, *(call.get(name) for name in ("attention_mask", "position_ids"))]
         kinds = tokens.classify(*(None if tensor is None else tensor.cpu() for tensor in given))  # type: ignore[arg-type]
         if not bool(kinds.loss_bearing.any()):
             return None, None, "no label to predict"
@@ -306,6 +353,14 @@ class SparseHandle:
             return kinds, None, "no context token before an output token"
         return kinds, rows, ""
 
+    def _warn_unlabelled(self) -> None:
+        if not any(what.endswith("no labels in the call)") for what in self.forwards):
+            warnings.warn(
+                "SparseLoRA is dense where a training call has no labels: give the Trainer "
+                "data_collator=elision.sparselora.keep_labels(collate), or the model sparse_labels=labels",
+                stacklevel=2,
+            )
+
     def _warn_unscheduled(self) -> None:
         if not any(what.endswith("never told a step)") for what in self.forwards):
             warnings.warn(
@@ -313,23 +368,6 @@ class SparseHandle:
                 "to the Trainer, or call handle.step(done) in your loop",
                 stacklevel=2,
             )
-
-
-class _Forward:
-    """Stands at the causal LM's `forward`: the fast path where the handle has set a step, the model's own elsewhere."""
-
-    def __init__(self, handle: SparseHandle) -> None:
-        self.handle = handle
-        self.original = handle._view.model.forward
-        self.__signature__ = inspect.signature(self.original)  # Trainer and generate read it
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        handle = self.handle
-        step, handle._step = handle._step, None
-        if step is None or handle._fast is None:
-            return self.original(*args, **kwargs)
-        handle.paths["fast"] += 1
-        return handle._fast.forward(*step)
 
 
 def _uncovered(obstacle: str) -> str:

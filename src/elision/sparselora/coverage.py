@@ -30,6 +30,11 @@ def idle(model: nn.Module) -> str | None:
     return None
 
 
+def active_names(model: nn.Module) -> set[str]:
+    """Names of the LoRA adapters that are active somewhere in `model`."""
+    return {name for module in model.modules() if isinstance(module, LoraLayer) for name in active(module)}
+
+
 def check_model(view: blocks.Decoder, plan: SparsityPlan) -> None:
     """Raise InputError where the model is not one that the method can make sparse as it stands."""
     modules = list(view.model.modules())

@@ -11,11 +11,14 @@ between steps but the weights' layout, so what changes meanwhile is seen by the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from elision.blocks import Block, Decoder
 from elision.sparselora.adapters import stacked
@@ -29,6 +32,28 @@ from elision.sparselora.obstacles import call_obstacle, hooked, model_obstacle
 from elision.sparselora.rows import Elisions, Rows
 
 
+@dataclass(frozen=True)
+class Step:
+    """One forward: `batch` has the channels chosen so far (None: all dense); the call's labels may be missing where
+    the loss is computed elsewhere.
+    """
+
+    call: dict[str, Any]
+    rows: Rows
+    batch: SparseBatch | None
+    elisions: Elisions
+    shape: tuple[int, int]  # (batch, sequence)
+
+    def to(self, device: torch.device) -> Step:
+        return replace(self, rows=self.rows.to(device))
+
+    def spread(self, found: Tensor) -> Tensor:
+        """(batch, sequence, channels) with the last len(found) rows at their places, and zeros elsewhere."""
+        batch, sequence = self.shape
+        places = self.rows.order[self.rows.total - len(found) :]
+        return found.new_zeros(batch * sequence, found.shape[1]).index_copy(0, places, found).view(batch, sequence, -1)
+
+
 class Fast:
     """The fast step of one model. `own` are the ids of hooks that are this library's."""
 
@@ -39,47 +64,63 @@ class Fast:
         self.own = own
         self.layout = Layout(view.blocks)
 
-    def obstacle(self, call: dict[str, Any] | None = None) -> str | None:
+    def obstacle(self, call: dict[str, Any] | None = None, labels: Tensor | None = None) -> str | None:
         """Why the model as it is now, or this call of it, takes the reference; None: it does not."""
-        return model_obstacle(self.view, self.own) or (call_obstacle(call) if call is not None else None)
+        return model_obstacle(self.view, self.own) or (
+            call_obstacle(call, labels) if call is not None and labels is not None else None
+        )
 
     def remove(self) -> None:
         """Put the weights back."""
         self.layout.remove()
 
-    def forward(self, call: dict[str, Any], rows: Rows, batch: SparseBatch | None) -> CausalLMOutputWithPast:
-        """Loss of `rows` of the call; `batch` has the channels chosen so far, None: all dense."""
-        view = self.view
-        self.layout.refresh()
-        weight = view.blocks[0].q.base.weight
-        rows = rows.to(weight.device)
-        with torch.autocast(weight.device.type, enabled=False):
-            h = self._embed(call, rows).to(weight.dtype)
-            cos, sin = self._angles(call, rows, h)
-            last = len(view.blocks) - 1 if self.elisions.last_block else -1
-            if batch is not None and rows.sparse > rows.total - rows.bearing:
-                last = -1  # the ablation with sparse outputs, where every row has a say in the last block's channels
-            for block, weights in zip(view.blocks, self.layout.weights, strict=True):
-                assert weights is not None
-                asked = rows.bearing if block.index == last else rows.total
-                h = self._block(block, weights, h, rows, asked, (cos, sin), batch)
-            return self._output(call, rows, h)
+    def forward(self, step: Step) -> CausalLMOutputWithPast:
+        """What the causal LM puts out: the loss, or logits, or both."""
+        step = step.to(self.view.blocks[0].q.base.weight.device)
+        with torch.autocast(step.rows.order.device.type, enabled=False):
+            return self._output(step, self._stack(step))
 
-    def _embed(self, call: dict[str, Any], rows: Rows) -> Tensor:
-        view = self.view
+    def hidden(self, step: Step) -> BaseModelOutputWithPast:
+        """What the stack of blocks puts out, (batch, sequence, hidden): zeros where no row was computed to its end."""
+        step = step.to(self.view.blocks[0].q.base.weight.device)
+        assert self.view.final_norm is not None
+        with torch.autocast(step.rows.order.device.type, enabled=False):
+            states = step.spread(self.view.final_norm(self._stack(step)))
+            return BaseModelOutputWithPast(last_hidden_state=states)  # type: ignore[arg-type]
+
+    def _stack(self, step: Step) -> Tensor:
+        """The rows behind the last block, all of them or those that bear the loss."""
+        view, batch = self.view, step.batch
+        self.layout.refresh()
+        rows, weight = step.rows, view.blocks[0].q.base.weight
+        h = self._embed(step, rows).to(weight.dtype)
+        if not h.requires_grad and _reentrant(view.blocks):
+            h.requires_grad_()  # it computes gradients only where an input asks for one
+        cos, sin = self._angles(step, rows, h)
+        last = len(view.blocks) - 1 if step.elisions.last_block else -1
+        if batch is not None and rows.sparse > rows.total - rows.bearing:
+            last = -1  # the ablation with sparse outputs, where every row has a say in the last block's channels
+        for block, weights in zip(view.blocks, self.layout.weights, strict=True):
+            assert weights is not None
+            asked = rows.bearing if block.index == last else rows.total
+            run = partial(self._block, block, weights, rows=rows, asked=asked, angles=(cos, sin), batch=batch)
+            h = run(h) if (checkpoint := _checkpoint(block)) is None else checkpoint(run, h)
+        return h
+
+    def _embed(self, step: Step, rows: Rows) -> Tensor:
+        view, call = self.view, step.call
         if call.get("inputs_embeds") is not None:
             h = call["inputs_embeds"].flatten(0, 1).index_select(0, rows.order)
         else:
             h = view.embeddings(call["input_ids"].flatten().index_select(0, rows.order)[None])[0]
-            if self.elisions.inputs and not any(p.requires_grad for p in view.embeddings.parameters()):
+            if step.elisions.inputs and not any(p.requires_grad for p in view.embeddings.parameters()):
                 h = h.detach()  # enable_input_require_grads asks for a gradient that nothing reads
         multiplier = getattr(view.config, "embedding_multiplier", 1.0)
         return h if multiplier == 1.0 else h * multiplier
 
-    def _angles(self, call: dict[str, Any], rows: Rows, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles(self, step: Step, rows: Rows, h: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (T, rotary_dim) of each row, by the model's own module on the positions of the batch."""
-        sequence = call["labels"].shape[1]
-        positions = call.get("position_ids")
+        sequence, positions = step.shape[1], step.call.get("position_ids")
         if positions is None:
             positions = torch.arange(sequence, device=h.device)[None]
         stack: Any = self.view.model.get_decoder()
@@ -143,12 +184,13 @@ class Fast:
         gate_up, down = stacked([block.gate, block.up], h.dtype), stacked([block.down], h.dtype)
         return mlp_residual(out, mlp, gate_up, down, still, _choose(choices, batch, ("up",)))
 
-    def _output(self, call: dict[str, Any], rows: Rows, h: Tensor) -> CausalLMOutputWithPast:
-        view, labels, items = self.view, call["labels"], call.get("num_items_in_batch")
-        if not self.elisions.logits:
-            found = view.logits(h)
-            logits = found.new_zeros(labels.numel(), found.shape[-1]).index_copy(0, rows.order, found)
-            logits = logits.view(*labels.shape, -1)
+    def _output(self, step: Step, h: Tensor) -> CausalLMOutputWithPast:
+        view, labels, items = self.view, step.call.get("labels"), step.call.get("num_items_in_batch")
+        rows = step.rows
+        if not step.elisions.logits:
+            logits = step.spread(view.logits(h))
+            if labels is None:
+                return CausalLMOutputWithPast(logits=logits)
             loss = view.model.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=items
             )
@@ -169,6 +211,19 @@ class Fast:
             shift_labels=rows.targets,
         )
         return CausalLMOutputWithPast(loss=loss)
+
+
+def _checkpoint(block: Block) -> Callable[..., Tensor] | None:
+    """What the layer runs its forward under where gradient checkpointing is on for it; nothing to save without grad."""
+    layer: Any = block.layer
+    on = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+    return layer._gradient_checkpointing_func if on else None
+
+
+def _reentrant(blocks: tuple[Block, ...]) -> bool:
+    """Whether some layer may be under reentrant checkpointing; other kinds say that they are not."""
+    found = [checkpoint for block in blocks if (checkpoint := _checkpoint(block)) is not None]
+    return any(getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False for checkpoint in found)
 
 
 def _choose(choices: BlockChoices, batch: SparseBatch | None, names: tuple[str, ...]) -> Choose | None:

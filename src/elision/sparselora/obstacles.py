@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch import nn
+from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from elision.blocks import Block, Decoder, Projection
@@ -23,7 +23,10 @@ from elision.sparselora.reference import MaskedLinear
 COVERED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
 
 _READ = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"}
+# What position_ids say too, for attention functions that read no masks: transformers' SDPA function ignores it.
+_READ |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _HARMLESS: dict[str, tuple] = {"use_cache": (False,), "return_dict": (True,), "logits_to_keep": (0,)}
+_HARMLESS["fused_lm_head"] = (True,)  # TRL's own argument, for its own forward
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -49,14 +52,12 @@ def model_obstacle(view: Decoder, own: Set[int]) -> str | None:
     return None
 
 
-def call_obstacle(call: dict[str, Any]) -> str | None:
-    """Why this call takes the reference; None: it does not."""
-    if torch.compiler.is_compiling():
-        return "torch.compile"
+def call_obstacle(call: dict[str, Any], labels: Tensor) -> str | None:
+    """Why this call takes the reference; None: it does not. `labels`, on the CPU, tell its tokens apart."""
     for name, value in call.items():
         if name not in _READ and value is not None and not any(value is v for v in _HARMLESS.get(name, (False,))):
             return f"{name} in the call"
-    labels, mask = call["labels"].cpu(), call.get("attention_mask")
+    mask = call.get("attention_mask")
     target = labels[:, 1:] != tokens.IGNORED
     if mask is not None:
         real = mask.cpu() != 0
@@ -72,8 +73,6 @@ def call_obstacle(call: dict[str, Any]) -> str | None:
 
 def _layer_obstacle(block: Block, dtype: torch.dtype, device: torch.device, own: Set[int]) -> str | None:
     layer: Any = block.layer
-    if getattr(layer, "gradient_checkpointing", False):
-        return "gradient checkpointing"
     adapters: set[int] = set()
     for name, projection in block.projections.items():
         if reason := _projection_obstacle(projection, adapters):

@@ -1,15 +1,23 @@
-"""The callback that keeps the first steps of transformers' Trainer dense (METHODS 1.3)."""
+"""What trainers are given: the schedule that tells a handle how far training is, and labels beside a batch's own.
+
+The callback is for transformers' Trainer, and so for TRL's, which are Trainers. The state that a checkpoint carries is
+how many sparse forwards there were, by which the control "random" draws; how far training is, Trainer knows itself.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
+if TYPE_CHECKING:
     from elision.sparselora.apply import SparseHandle
 
+LABELS = "sparse_labels"  # argument of the model's call: labels that only tell its tokens apart
 logger = logging.getLogger(__name__)
 
 
@@ -19,8 +27,6 @@ def schedule(handle: SparseHandle) -> TrainerCallback:
     Trainer resumes a callback by building it anew from its class and exported state, without arguments: so the class
     itself knows its handle.
     """
-    from transformers import TrainerCallback
-    from transformers.trainer_callback import ExportableState
 
     class SparsitySchedule(TrainerCallback, ExportableState):
         @property
@@ -43,3 +49,17 @@ def schedule(handle: SparseHandle) -> TrainerCallback:
             return {"args": {}, "attributes": {"draws": self.draws}}
 
     return SparsitySchedule()
+
+
+def keep_labels(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """`collate`, with a batch's labels once more as `sparse_labels`, for trainers that keep labels from the model.
+
+    For Trainer's label smoothing and `compute_loss_func`: without it such steps are dense, and say so. Loops of one's
+    own that compute their loss from logits pass `model(..., sparse_labels=labels)` themselves.
+    """
+    return partial(_keep_labels, collate)
+
+
+def _keep_labels(collate: Callable[[Any], dict[str, Any]], rows: Any) -> dict[str, Any]:
+    batch = collate(rows)
+    return {**batch, LABELS: batch["labels"]} if "labels" in batch else batch
