@@ -4,7 +4,7 @@ After Khaki et al., "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sp
 267:29768-29783 (https://proceedings.mlr.press/v267/khaki25a.html). What is sparse is the frozen branch, on context
 tokens, while training; adapters and output tokens stay dense, and the result is an ordinary PEFT adapter.
 
-    plan = SparsityPlan.uniform(model, 0.75)
+    plan = calibrate(model, batches, flops=0.5)  # or SparsityPlan.load, .uniform, .preset
     with sparsify(model, plan) as sparse:
         Trainer(model, ..., callbacks=[sparse.schedule]).train()
 """
@@ -16,19 +16,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elision.sparselora.apply import SparseHandle, lossless, sparsify
+    from elision.sparselora.calibration import calibrate
     from elision.sparselora.factors import Factors
-    from elision.sparselora.plan import ModelFacts, SparsityPlan
+    from elision.sparselora.forecasts import Forecast, forecast
+    from elision.sparselora.plan import Calibration, ModelFacts, SparsityPlan
     from elision.sparselora.rows import Elisions
     from elision.sparselora.trainers import keep_labels
 
-__all__ = ["Elisions", "Factors", "ModelFacts", "SparseHandle", "SparsityPlan", "keep_labels", "lossless", "sparsify"]
+__all__ = [
+    "Calibration",
+    "Elisions",
+    "Factors",
+    "Forecast",
+    "ModelFacts",
+    "SparseHandle",
+    "SparsityPlan",
+    "calibrate",
+    "forecast",
+    "keep_labels",
+    "lossless",
+    "sparsify",
+]
 
 _HOME = {
+    "Calibration": "plan",
     "Elisions": "rows",
     "Factors": "factors",
+    "Forecast": "forecasts",
     "ModelFacts": "plan",
     "SparseHandle": "apply",
     "SparsityPlan": "plan",
+    "calibrate": "calibration",
+    "forecast": "forecasts",
     "keep_labels": "trainers",
     "lossless": "apply",
     "sparsify": "apply",

@@ -29,6 +29,7 @@ from elision.errors import InputError
 from elision.evaluate import evaluating
 from elision.sparselora import estimator, tokens
 from elision.sparselora.plan import SparsityPlan
+from elision.streaming import resident
 
 VERSION = 1
 SCORED = ("q", "k", "v", "gate", "up")  # the projections whose products are estimated
@@ -57,9 +58,10 @@ class Factors:
         view = blocks.decoder(model)
         pairs = {}
         for block in view.blocks:
-            for name, projection in block.projections.items():
-                if name in SCORED and (plan is None or estimated(plan, block.index, name)):
-                    pairs[f"layers.{block.index}.{name}"] = estimator.truncated_svd(projection.weight, rank)
+            with resident(block.layer):
+                for name, projection in block.projections.items():
+                    if name in SCORED and (plan is None or estimated(plan, block.index, name)):
+                        pairs[f"layers.{block.index}.{name}"] = estimator.truncated_svd(projection.weight, rank)
         return cls(rank, fingerprint(view), pairs)
 
     @classmethod
@@ -215,12 +217,13 @@ def fingerprint(view: blocks.Decoder) -> str:
     """Hash of a sample of the weights that factors are made from."""
     digest = hashlib.sha256()
     for block in view.blocks:
-        for name, projection in block.projections.items():
-            if name in SCORED:
-                weight = projection.weight.detach()
-                digest.update(json.dumps([block.index, name, *weight.shape]).encode())
-                entries = weight.reshape(-1)[:: max(1, weight.numel() // _SAMPLE)]
-                digest.update(entries.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        with resident(block.layer):
+            for name, projection in block.projections.items():
+                if name in SCORED:
+                    weight = projection.weight.detach()
+                    digest.update(json.dumps([block.index, name, *weight.shape]).encode())
+                    entries = weight.reshape(-1)[:: max(1, weight.numel() // _SAMPLE)]
+                    digest.update(entries.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ attention, adapters or estimator; its 512-token figures with 25% output tokens, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from peft.tuners.lora import LoraLayer
@@ -86,11 +86,17 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Workload:
-    """One batch: `lengths` of its sequences as computed, how many of their tokens are sparse, and how many logits."""
+    """One batch: `lengths` of its sequences as computed, how many of their tokens are sparse, and how many logits.
+
+    `longest`: attention computes every sequence at this length; None: at its own. `last_block`: the last block leaves
+    out everything but keys and values at positions that bear no loss (rows.py).
+    """
 
     lengths: tuple[int, ...]
     context: int
     logits: int
+    longest: int | None = None
+    last_block: bool = False
 
     @classmethod
     def of(cls, kinds: TokenKinds, *, padded: bool) -> Self:
@@ -104,9 +110,20 @@ class Workload:
         lengths = ((kinds.context | kinds.dense) & ~kinds.elided).sum(dim=1).tolist()
         return cls(tuple(lengths), context, int(kinds.loss_bearing.sum()))
 
+    @classmethod
+    def fast(cls, kinds: TokenKinds) -> Self:
+        """Of the same batch as the fast path computes it, with all that is lossless left out."""
+        work = cls.of(kinds, padded=False)
+        return replace(work, longest=max(work.lengths), last_block=True)
+
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def attended(self) -> tuple[int, ...]:
+        """Lengths of the sequences in attention."""
+        return self.lengths if self.longest is None else (self.longest,) * sum(length > 0 for length in self.lengths)
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,9 @@ class Cost:
     attention: float = 0.0
     estimator: float = 0.0
     head: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
     def total(self, *, head: bool = True, causal: bool = False) -> float:
         """All of it; without the output head, or with attention at its causal half, on request."""
@@ -183,31 +203,56 @@ def step(
         raise InputError(f"adapters of {len(adapters)} layers for a model of {shape.layers}: give one tuple per layer")
     if plan is not None and plan.model.layers != shape.layers:
         raise InputError(f"plan has {plan.model.layers} layers, the model {shape.layers}: make a plan for this model")
-    base = adapter = attention = estimator = 0.0
-    flows = input_gradient  # whether the residual stream needs a gradient
+    flows, total = input_gradient, Cost()
     for layer, own in enumerate(adapters):
-        adapted = {name for pair in own for name in pair.projections}
-        needs = {"q": flows, "k": flows, "v": flows}  # by projection: whether its input needs a gradient
-        made = {name: flows or name in adapted for name in needs}  # whether its output does
-        needs["o"] = any(made.values())
-        pairs = sum(2.0 * length * length * shape.heads * shape.head_dim for length in work.lengths)
-        attention += pairs * (2 + made["q"] + made["k"] + (made["q"] or made["k"]) + made["v"])
-        flows = flows or needs["o"] or "o" in adapted
-        needs |= {"gate": flows, "up": flows}
-        needs["down"] = flows or not adapted.isdisjoint({"gate", "up"})
-        flows = needs["down"] or "down" in adapted
-        for name, (inputs, outputs) in shape.projections.items():
-            sparsity = 0.0 if plan is None else plan.sparsity(layer, name)
-            share = _kept_share(shape, plan, name, sparsity) if plan is not None and sparsity > 0 else 1.0
-            rows = work.tokens - work.context + work.context * share
-            base += 2.0 * rows * inputs * outputs * (2 if needs[name] else 1)
-            if plan is not None and sparsity > 0:
-                estimator += _scoring(plan, layer, name, work.context, inputs, outputs)
-        for pair in own:
-            through = pair.inputs * (3 if needs[pair.projections[0]] else 2) + pair.outputs * 3
-            adapter += 2.0 * work.tokens * pair.rank * through
-    head = 2.0 * work.logits * shape.hidden * shape.vocabulary * (2 if flows else 1)
-    return Cost(base, adapter, attention, estimator, head)
+        cost, flows = layer_step(shape, work, own, plan, layer, flows, last=layer == shape.layers - 1)
+        total += cost
+    return total + Cost(head=2.0 * work.logits * shape.hidden * shape.vocabulary * (2 if flows else 1))
+
+
+def layer_step(
+    shape: Shape,
+    work: Workload,
+    own: Sequence[Adapter],
+    plan: SparsityPlan | None,
+    layer: int,
+    flows: bool,
+    *,
+    last: bool = False,
+) -> tuple[Cost, bool]:
+    """Cost of one layer with adapters `own`, and whether the residual stream behind it needs a gradient.
+
+    `flows` says so of the stream before it. `last`: whether it is the last one, where `work.last_block` applies.
+    """
+    adapted = {name for pair in own for name in pair.projections}
+    needs = {"q": flows, "k": flows, "v": flows}  # by projection: whether its input needs a gradient
+    made = {name: flows or name in adapted for name in needs}  # whether its output does
+    needs["o"] = any(made.values())
+    pairs = sum(2.0 * length * length * shape.heads * shape.head_dim for length in work.attended)
+    attention = pairs * (2 + made["q"] + made["k"] + (made["q"] or made["k"]) + made["v"])
+    flows = flows or needs["o"] or "o" in adapted
+    needs |= {"gate": flows, "up": flows}
+    needs["down"] = flows or not adapted.isdisjoint({"gate", "up"})
+    flows = needs["down"] or "down" in adapted
+    asked = last and work.last_block  # then only rows that bear the loss are there but for keys and values
+
+    def rows(name: str) -> tuple[float, float]:
+        """Rows that go through projection `name`, and how many of them are sparse."""
+        return (work.logits, 0.0) if asked and name not in ("k", "v") else (work.tokens, work.context)
+
+    base = adapter = estimator = 0.0
+    for name, (inputs, outputs) in shape.projections.items():
+        sparsity = 0.0 if plan is None else plan.sparsity(layer, name)
+        share = _kept_share(shape, plan, name, sparsity) if plan is not None and sparsity > 0 else 1.0
+        total, sparse = rows(name)
+        base += 2.0 * (total - sparse + sparse * share) * inputs * outputs * (2 if needs[name] else 1)
+        if plan is not None and sparsity > 0 and not (asked and PART_OF[name] == "ffn"):
+            estimator += _scoring(plan, layer, name, work.context, inputs, outputs)
+    for pair in own:
+        through = pair.inputs * (3 if needs[pair.projections[0]] else 2) + pair.outputs * 3
+        total = max(rows(name)[0] for name in pair.projections)
+        adapter += 2.0 * total * pair.rank * through
+    return Cost(base, adapter, attention, estimator), flows
 
 
 def relative(

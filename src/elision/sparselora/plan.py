@@ -41,6 +41,57 @@ SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Where a plan's sparsities come from: what was measured, under which budget, and what is to be expected.
+
+    Attributes:
+        data: fingerprint of the batches.
+        output_tokens: that the loss was measured on, and `output_share`, their share of all tokens.
+        loss: of the dense model, in nats per output token.
+        grid: sparsities that were tried, ascending.
+        ffn, qk, vo: by layer and grid, the increase of the loss with that part of that layer alone sparse.
+        budget: "flops", "time" or "max_loss", and `limit`, its value.
+        expected_increase: of the loss under the plan, the sum of the curves; `measured_increase` with all parts sparse
+            together. A plan made on a budget is the better, the closer the two are.
+        flops: operations of the whole run over those of dense LoRA, dense first steps included: "full" and with
+            attention at its causal "half", each also "without head".
+        speedup: expected of a run on such data over dense LoRA, both without what is lossless to leave out.
+        speedup_from: "operations" (an upper bound: time per operation is taken to be the same) or "timed steps".
+        versions: of what measured it.
+    """
+
+    data: str
+    output_tokens: int
+    output_share: float
+    loss: float
+    grid: tuple[float, ...]
+    ffn: tuple[tuple[float, ...], ...]
+    qk: tuple[tuple[float, ...], ...]
+    vo: tuple[tuple[float, ...], ...]
+    budget: str
+    limit: float
+    expected_increase: float
+    measured_increase: float
+    flops: Mapping[str, float]
+    speedup: float
+    speedup_from: str
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "grid", tuple(map(float, self.grid)))
+            for part in PARTS:
+                object.__setattr__(self, part, tuple(tuple(map(float, curve)) for curve in getattr(self, part)))
+        except (TypeError, ValueError):
+            raise InputError("curves are not lists of numbers: calibrate again") from None
+        for part in PARTS:
+            if any(len(curve) != len(self.grid) for curve in getattr(self, part)):
+                raise InputError(
+                    f"{part} has a curve of other length than the grid's {len(self.grid)}: calibrate again"
+                )
+
+
+@dataclass(frozen=True)
 class SparsityPlan:
     """Sparsities by layer and part, and the switches of METHODS section 1.
 
@@ -57,6 +108,7 @@ class SparsityPlan:
         rotary_pairs: keep or drop both halves of a rotary pair of Q and K together.
         dense_outputs: output tokens take the dense path. False is the ablation in which all tokens are sparse.
         seed: of the control "random".
+        calibration: what the sparsities were read off; None: made by hand.
 
     Raises:
         InputError: a value that is out of its range or of the wrong kind, or a list of another length than the model.
@@ -72,6 +124,7 @@ class SparsityPlan:
     rotary_pairs: bool = False
     dense_outputs: bool = True
     seed: int = 0
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelFacts):
@@ -92,6 +145,8 @@ class SparsityPlan:
                 raise InputError(f"{switch} {getattr(self, switch)!r} is not a switch: give true or false")
         if not _is_int(self.seed) or self.seed < 0:
             raise InputError(f"seed {self.seed!r} is not a whole number of at least 0: give one")
+        if self.calibration is not None and not isinstance(self.calibration, Calibration):
+            raise InputError(f"calibration {self.calibration!r} is not a Calibration: leave it out, or calibrate")
 
     @classmethod
     def uniform(
@@ -140,6 +195,8 @@ class SparsityPlan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
         values = asdict(self)
+        if self.calibration is None:
+            del values["calibration"]
         return {"version": VERSION, **{name: list(v) if name in PARTS else v for name, v in values.items()}}
 
     @classmethod
@@ -158,6 +215,8 @@ class SparsityPlan:
         values = {name: value for name, value in data.items() if name != "version"}
         if "model" in values:
             values["model"] = _build(ModelFacts, values["model"], f"{where}, model")
+        if values.get("calibration") is not None:
+            values["calibration"] = _build(Calibration, values["calibration"], f"{where}, calibration")
         return _build(cls, values, where)
 
     def save(self, path: str | Path) -> Path:
@@ -174,7 +233,10 @@ class SparsityPlan:
         return cls.from_dict(files.read_json(path, "plan"), f"plan {path}")
 
 
-_REQUIRED = {ModelFacts: [fact.name for fact in fields(ModelFacts)], SparsityPlan: ["model", *PARTS]}
+_REQUIRED: dict[type, list[str]] = {
+    **{kind: [item.name for item in fields(kind)] for kind in (ModelFacts, Calibration)},
+    SparsityPlan: ["model", *PARTS],
+}
 _SETTINGS = [field.name for field in fields(SparsityPlan) if field.name not in _REQUIRED[SparsityPlan]]
 
 

@@ -1,0 +1,57 @@
+"""Data on its way through a decoder, one block at a time, and what of it a measurement depends on.
+
+Measurements go block by block where a forward pass goes through the whole model: `layer_calls` tells what each block
+would be handed, so that the walk is the caller's own, and each block is visited once for everything that is to go
+through it. `fingerprint` names the data in a journal of measurements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elision.blocks import Decoder
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch, less its labels
+
+
+def layer_calls(view: Decoder, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What the model hands each decoder layer for `inputs`: embeddings, and per layer its masks and positions.
+
+    The model's own forward makes them, with layers that only note their arguments.
+    """
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def note(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        calls.append((hidden_states, kwargs))
+        return hidden_states
+
+    layers = [block.layer for block in view.blocks]
+    try:
+        for layer in layers:
+            layer.forward = note
+        view.model.base_model(**inputs, use_cache=False)
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+    return calls
+
+
+def fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """Short hash of everything in the data that a measurement depends on."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in (*INPUTS, "labels"):
+            if name in batch:
+                hash_tensor(digest, name, batch[name])
+    return digest.hexdigest()[:16]
+
+
+def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    """Feed a tensor's name, type, shape and bytes to a hashlib digest."""
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

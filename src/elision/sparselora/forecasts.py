@@ -1,0 +1,115 @@
+"""What a fine-tuning run will cost, told before its first step.
+
+A plan's saving depends on the data: output tokens stay dense, so a plan that halves the work on prompts of 500 tokens
+and answers of 50 saves next to nothing where four tokens in five are outputs. `forecast` counts the operations of the
+user's own batches under the plan and without it (flops.py), in the four ways in which such figures are quoted:
+attention in full or at the half that is causal, with the output head or without.
+
+The speedup is that of the operations, dense first steps included, attention causal, head included, with everything that
+is lossless left out on both sides. Time per operation is taken to be the same for all of them, which flatters
+sparsity: gathers, selection and smaller products cost time and no operations. So it is an upper bound;
+`elision sparselora bench` times real steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from elision.errors import InputError
+from elision.sparselora import flops, tokens
+from elision.sparselora.flops import Adapter, Cost, Shape, Workload
+from elision.sparselora.plan import SparsityPlan
+
+RANK = 32  # of the LoRA that a model without adapters is taken to get on Q, K, V and O
+
+FIGURES = {  # names of the shares of operations, and how Cost.total counts them
+    "full": {"head": True, "causal": False},
+    "half": {"head": True, "causal": True},
+    "full, without head": {"head": False, "causal": False},
+    "half, without head": {"head": False, "causal": True},
+}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a run over the given data under a plan.
+
+    Attributes:
+        output_share: of the tokens that are computed, those that stay dense because they are outputs.
+        flops: operations of the run over those of dense LoRA, by FIGURES.
+        speedup: over dense LoRA, by operations.
+    """
+
+    output_share: float
+    flops: Mapping[str, float]
+    speedup: float
+
+    def line(self) -> str:
+        """One line for people."""
+        return (
+            f"expect at most {self.speedup:.2f}x over dense LoRA: {self.flops['full']:.0%} of its operations "
+            f"({self.flops['half']:.0%} with causal attention, {self.flops['full, without head']:.0%} without the "
+            f"output head); {self.output_share:.0%} of the tokens are outputs and stay dense"
+        )
+
+
+def forecast(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], plan: SparsityPlan) -> Forecast:
+    """What fine-tuning `model` on such `batches` under `plan` costs.
+
+    A model without adapters is taken to get LoRA of rank 32 on Q, K, V and O.
+
+    Raises:
+        InputError: a batch without labels, nothing to learn in any of them, or a plan for another model.
+    """
+    return compare(Shape.of(model), workloads(batches), adapters_or_usual(model), plan)
+
+
+def compare(
+    shape: Shape, works: Sequence[Workload], adapters: Sequence[Sequence[Adapter]], plan: SparsityPlan
+) -> Forecast:
+    """`forecast`, of batches of known size."""
+    dense, sparse = Cost(), Cost()
+    for work in works:
+        dense += flops.step(shape, work, adapters)
+        sparse += flops.step(shape, under(work, plan), adapters, plan)
+    first = plan.dense_steps
+    shares = {
+        name: first + (1 - first) * sparse.total(**how) / dense.total(**how)  # type: ignore[arg-type]
+        for name, how in FIGURES.items()
+    }
+    tokens_in_all = sum(work.tokens for work in works)
+    outputs = 1 - sum(work.context for work in works) / tokens_in_all
+    return Forecast(outputs, shares, 1 / shares["half"])
+
+
+def under(work: Workload, plan: SparsityPlan) -> Workload:
+    """`work` as `plan` has it: in the ablation with sparse outputs every token is sparse."""
+    return work if plan.dense_outputs else replace(work, context=work.tokens, last_block=False)
+
+
+def workloads(batches: Iterable[Mapping[str, Tensor]]) -> list[Workload]:
+    """Sizes of batches, with everything left out that is lossless to leave out.
+
+    Raises:
+        InputError: no batch, one without labels, or none with anything to learn.
+    """
+    found = []
+    for number, batch in enumerate(batches):
+        if batch.get("labels") is None:
+            raise InputError(f"batch {number} has no labels, which tell context from output: give batches with labels")
+        given = {name: batch[name].cpu() for name in ("attention_mask", "position_ids") if name in batch}
+        kinds = tokens.classify(batch["labels"].cpu(), **given)
+        if bool(kinds.loss_bearing.any()):
+            found.append(Workload.fast(kinds))
+    if not found:
+        raise InputError("the data has no label to predict: give prompts with answers")
+    return found
+
+
+def adapters_or_usual(model: nn.Module) -> tuple[tuple[Adapter, ...], ...]:
+    """The adapters of `model`, or, where it has none, LoRA of the usual rank on Q, K, V and O."""
+    own = flops.adapters_of(model)
+    return own if any(own) else flops.uniform_adapters(Shape.of(model), RANK)
