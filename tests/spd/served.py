@@ -29,9 +29,9 @@ Case = tuple[str, dict[str, Any], SyncPlan]  # family, sizes, plan
 NEW = 8  # tokens generated
 
 
-def model_of(family: str, plan: SyncPlan, **sizes: Any) -> Any:
-    """A tiny model in float32, with random corrections where `plan` names some; the same at every call."""
-    model = tiny(family, dtype=torch.float32, **sizes)
+def model_of(family: str, plan: SyncPlan, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
+    """A tiny model, with random corrections where `plan` names some; the same at every call."""
+    model = tiny(family, dtype=dtype, **sizes)
     generator = torch.Generator().manual_seed(5)
     for index, kind in plan.corrections.items():
         for parameter in attach(decoder(model).blocks[index], kind, plan.ranks).parameters():
@@ -98,12 +98,13 @@ def greedy(generate: Callable[..., Any]) -> Tensor:
 
 
 class Syncs(TorchDispatchMode):
-    """Counts the all-reduces inside that blocks call for; the embedding's goes another way."""
+    """Counts the all-reduces inside that blocks call for (the embedding's goes another way), and int8's all-to-alls."""
 
-    count = 0
+    count = int8 = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.c10d.allreduce_.default
+        self.int8 += func is torch.ops.c10d.alltoall_base_.default
         return func(*args, **(kwargs or {}))
 
 
@@ -116,7 +117,8 @@ def serve(rank: int, places: list[str]) -> list[dict[str, Any]]:
         with Syncs() as syncs, torch.no_grad():
             model(token_ids())
         tokens = greedy(lambda batch, model=model, **options: runtime.generate(model, batch, **options))
-        seen.append({"log_probabilities": log_probabilities(model), "tokens": tokens, "syncs": syncs.count})
+        found = {"log_probabilities": log_probabilities(model), "tokens": tokens}
+        seen.append({**found, "syncs": syncs.count, "int8": syncs.int8})
     return seen
 
 

@@ -167,8 +167,12 @@ def plain_block(
     heads: Float[Tensor, "*batch local_heads"],
     local: LocalBlock,
     all_reduce: AllReduce,
+    first: AllReduce | None = None,
 ) -> Float[Tensor, "*batch hidden"]:
-    """The block with both syncs, equal to the unsharded one: what `spd_block` is measured against."""
+    """The block with both syncs, equal to the unsharded one: what `spd_block` is measured against.
+
+    `first` is the sync after attention where it is another one, in int8.
+    """
     r = local.residual_multiplier
-    u = add_residual(x, all_reduce(attention_share(heads, local)), r, local.o_bias)
+    u = add_residual(x, (first or all_reduce)(attention_share(heads, local)), r, local.o_bias)
     return add_residual(u, all_reduce(mlp_share(u, local)), r, local.down_bias)

@@ -5,8 +5,9 @@
 transformers shards the weights as it reads them, gives every projection a forward that sums or gathers over the ranks
 where its layout asks for it, and computes on each rank the attention of that rank's own heads. `drop_syncs` leaves all
 of this alone but for planned blocks: there the output projection hands the heads through, and the layer's forward is
-block.py's SPD block on the rank's own shards, with one all-reduce in all. Every rank adds the same numbers to the same
-sum, so all ranks go on with the same bits.
+block.py's SPD block on the rank's own shards, with one all-reduce in all. A block whose first sync is sent in int8 is
+block.py's plain one, likewise, with int8.py's two exchanges in place of the first all-reduce. Every rank adds the same
+numbers to the same sum, so all ranks go on with the same bits.
 
 Two families need help. OPT has no parallel plan in transformers, so it gets one. Phi-3's is changed: transformers
 gathers its fused gate and up projections on every rank, where each rank must see its own input's; they are split.
@@ -33,8 +34,9 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from elision.blocks import Block, Projection, decoder, load_config, model_path
 from elision.errors import InputError
 from elision.families import attention_shape, family_of, intermediate_size
-from elision.spd.block import LocalBlock, shard, span, spd_block
+from elision.spd.block import LocalBlock, plain_block, shard, span, spd_block
 from elision.spd.corrections import NAME as CORRECTION
+from elision.spd.int8 import all_reduce_on_rank
 from elision.spd.plan import SyncPlan
 from elision.spd.runtimes import ranks
 from elision.spd.runtimes.checkpoint import check_fits, corrections_of, plan_of
@@ -129,7 +131,8 @@ class DroppedSyncs:
 
 
 def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
-    """Leave out the planned blocks' first sync in a model that `load` read, until the returned handle is removed.
+    """Leave out the planned blocks' first sync in a model that `load` read, or send it in int8, until the returned
+    handle is removed.
 
     Raises:
         InputError: the plan does not fit the model or its number of ranks, corrects a block for which the checkpoint
@@ -146,7 +149,7 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
     corrections = getattr(model, _CORRECTIONS)
     if missing := sorted(set(plan.corrections) - set(corrections)):
         raise InputError(f"plan corrects block {missing[0]}, the checkpoint does not: use the plan that it carries")
-    blocks = [view.blocks[index] for index in plan.dropped]
+    blocks = [view.blocks[index] for index in (*plan.dropped, *plan.int8)]
     for block in blocks:
         if "forward" in vars(block.layer):
             raise InputError(f"block {block.index}'s forward is replaced already: remove what did it first")
@@ -157,28 +160,42 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
         dist.all_reduce(share, group=group)
         return share
 
+    def all_to_all(messages: Tensor) -> Tensor:
+        received = torch.empty_like(messages)
+        dist.all_to_all_single(received, messages, group=group)
+        return received
+
+    def all_gather(message: Tensor) -> Tensor:
+        everyone = message.new_empty((size, *message.shape))
+        dist.all_gather(list(everyone.unbind()), message, group=group)
+        return everyone
+
+    def int8_reduce(share: Tensor) -> Tensor:
+        return all_reduce_on_rank(share, rank, size, all_to_all, all_gather)
+
     for block in blocks:
         own = span(shard(rank, size, block.heads, block.kv_heads, block.intermediate_size).heads, block.head_dim)
         correction = corrections[block.index] if block.index in plan.corrections else {}
         local = _local_block(block, rank, own, correction)
         gathered = own if block.q.rows is not None else None  # fused: each rank has the heads of all
-        handle._replace(block.layer, partial(_spd_layer, block, local, gathered, all_reduce))
+        step = spd_block if block.index in plan.dropped else partial(plain_block, first=int8_reduce)
+        handle._replace(block.layer, partial(_layer, block, local, gathered, partial(step, all_reduce=all_reduce)))
         handle._replace(block.o.module, _identity)
     return handle
 
 
-def _spd_layer(
+def _layer(
     block: Block,
     local: LocalBlock,
     own: slice | None,
-    all_reduce: Callable[[Tensor], Tensor],
+    step: Callable[..., Tensor],
     hidden_states: Tensor,
     **kwargs: Any,
 ) -> Tensor:
-    """The decoder layer's forward with one sync: (batch, sequence, hidden) to the same, equal on every rank."""
+    """The decoder layer's forward by block.py's `step`: (batch, sequence, hidden) to the same, equal on every rank."""
     assert block.attention_norm is not None
     heads = block.attention(hidden_states=block.attention_norm(hidden_states), **kwargs)[0]
-    return spd_block(hidden_states, heads if own is None else heads[..., own], local, all_reduce)
+    return step(hidden_states, heads if own is None else heads[..., own], local)
 
 
 def _identity(input: Tensor) -> Tensor:

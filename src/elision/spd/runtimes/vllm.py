@@ -126,6 +126,11 @@ class CheckPlan:
                 f"plan corrects block {min(plan.corrections)}, which the vLLM plugin does not do: heal it instead, or "
                 "serve with transformers"
             )
+        if plan.int8:
+            raise InputError(
+                f"plan sends block {plan.int8[0]}'s sync in int8, which the vLLM plugin does not do: drop or keep that "
+                "sync, or serve with transformers"
+            )
         if config.model_type == "qwen3" and config.attention_bias:
             raise InputError("attention_bias is set, but vLLM leaves out Qwen3's output bias: serve with transformers")
         passes = vllm_config.compilation_config.pass_config
