@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 
+import pytest
+
 CACHE = tempfile.TemporaryDirectory(prefix="elision-vllm-")
 os.environ.update(
     GLOO_SOCKET_IFNAME="lo",
@@ -18,5 +20,17 @@ os.environ.update(
     VLLM_HOST_IP="127.0.0.1",
     VLLM_LOGGING_LEVEL="WARNING",
     VLLM_NO_USAGE_STATS="1",
-    VLLM_WORKER_MULTIPROC_METHOD="spawn",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_inspected_here():
+    """vLLM looks at each model's class in a process that imports vLLM anew, to keep CUDA out of this one: no need.
+
+    The server, whose processes are as vLLM starts them, does so all the same.
+    """
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+        yield

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from elision.blocks import decoder
 from elision.spd import SyncPlan, save, simulate
-from tests.spd.tiny import VOCABULARY, tiny
+from tests.spd.tiny import VOCABULARY, corrected
 
 RANKS = 2
-LAYERS = 3
+LAYERS = 5
 NEW = 8  # tokens generated
+# Every kind of block but int8's: dropped as it is, corrected in three ways, and one with both syncs.
+MIXED = SyncPlan(RANKS, (0, 1, 2, 3), corrections={1: "constant", 2: "gain", 3: "local_o"})
 SIZES: dict[str, Any] = {
+    "num_hidden_layers": LAYERS,
     "hidden_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -24,7 +33,13 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 96,
     "max_position_embeddings": 128,
 }
-OPT = {"hidden_size": 128, "num_attention_heads": 4, "ffn_dim": 96, "word_embed_proj_dim": 128}
+OPT = {
+    "num_hidden_layers": LAYERS,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "ffn_dim": 96,
+    "word_embed_proj_dim": 128,
+}
 ONLY: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 16},
     "qwen2": {"use_sliding_window": False},  # vLLM has no sliding window in some layers of it only
@@ -39,9 +54,17 @@ class Answer(NamedTuple):
     log_probabilities: Tensor
 
 
-def model_of(family: str) -> Any:
-    """A tiny model in float32, with sizes that vLLM's kernels take; the same at every call."""
-    return tiny(family, dtype=torch.float32, **(OPT if family == "opt" else {**SIZES, **ONLY.get(family, {})}))
+def model_of(family: str, plan: SyncPlan | None = None) -> Any:
+    """A tiny model in float32, with sizes that vLLM's kernels take and the plan's corrections; always the same.
+
+    Its queries and keys are halved: attention is so sharp else that rounding alone moves log-probabilities by 6e-5.
+    """
+    sizes = OPT if family == "opt" else {**SIZES, **ONLY.get(family, {})}
+    model = corrected(family, RANKS, dict(plan.corrections) if plan else {}, dtype=torch.float32, **sizes)
+    for block in decoder(model).blocks:
+        for projection in (block.q, block.k):
+            projection.weight.data *= 0.5
+    return model
 
 
 def checkpoint(place: Path, family: str, plan: SyncPlan | None) -> str:
@@ -49,7 +72,7 @@ def checkpoint(place: Path, family: str, plan: SyncPlan | None) -> str:
     if plan is None:
         model_of(family).save_pretrained(place)
     else:
-        save(model_of(family), plan, place)
+        save(model_of(family, plan), plan, place)
     return str(place)
 
 
@@ -62,24 +85,32 @@ def prompts(number: int = 4, seed: int = 3) -> list[list[int]]:
 
 @contextmanager
 def engine(place: str, **options: Any) -> Iterator[Any]:
-    """A running vLLM with two workers, in float32."""
-    from vllm import LLM
+    """A running vLLM with two workers, in float32.
 
-    llm = LLM(
-        model=place,
-        tensor_parallel_size=RANKS,
-        dtype="float32",
-        distributed_executor_backend="mp",
-        skip_tokenizer_init=True,
-        max_model_len=64,
-        max_num_seqs=8,
-        max_logprobs=-1,
-        **{"enforce_eager": True, **options},
-    )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    Its scheduler is in this process and its workers are forked from it: each would import vLLM anew otherwise, which
+    takes longer than all else here. The server's processes are as vLLM starts them.
+    """
+    from vllm import LLM
+    from vllm.v1.executor import multiproc_executor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setattr(multiproc_executor, "get_mp_context", partial(multiprocessing.get_context, "fork"))
+        llm = LLM(
+            model=place,
+            tensor_parallel_size=RANKS,
+            dtype="float32",
+            distributed_executor_backend="mp",
+            skip_tokenizer_init=True,
+            max_model_len=64,
+            max_num_seqs=8,
+            max_logprobs=-1,
+            **{"enforce_eager": True, **options},
+        )
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
 
 
 def answers(llm: Any, questions: Sequence[Sequence[int]], **options: Any) -> list[Answer]:
@@ -117,22 +148,43 @@ def difference(some: Sequence[Answer], others: Sequence[Answer]) -> float:
     return max((a.log_probabilities - b.log_probabilities).abs().max().item() for a, b in pairs)
 
 
-def count_all_reduces(worker: Any) -> None:
-    """In a worker: count from now on how often its tensor-parallel group is summed over."""
-    from vllm.distributed import get_tp_group
+def syncs(llm: Any) -> list[dict[str, int]]:
+    """How often each worker sums over ranks in one forward pass of three tokens, by operator."""
+    from vllm import SamplingParams
 
-    group = get_tp_group()
-    group.counted, inner = 0, group._all_reduce_out_place
-
-    def counting(tensor: Tensor) -> Tensor:
-        group.counted += 1
-        return inner(tensor)
-
-    group._all_reduce_out_place = counting
+    llm.collective_rpc(_start_counting)
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    llm.generate([{"prompt_token_ids": [5, 6, 7]}], one, use_tqdm=False)
+    return llm.collective_rpc(_counted)
 
 
-def counted(worker: Any) -> int:
-    """In a worker: how often it was summed over."""
-    from vllm.distributed import get_tp_group
+def _start_counting(worker: Any) -> None:
+    worker.counting = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    worker.counting.start()
 
-    return get_tp_group().counted
+
+def _counted(worker: Any) -> dict[str, int]:
+    worker.counting.stop()
+    names = [event.name for event in worker.counting.events()]
+    return {name: names.count(name) for name in ("_C::shm_allreduce", "elision::int8_all_reduce")}
+
+
+RANK, SCALING = 4, 2.0  # of the adapter
+
+
+def adapter(place: Path, model: Any, seed: int) -> str:
+    """Write a random LoRA adapter of all projections as PEFT does, and merge it into `model`."""
+    place.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    tensors, names = {}, set()
+    for name, module in model.named_modules():
+        if ".layers." in name and isinstance(module, torch.nn.Linear):
+            a = 0.1 * torch.randn(RANK, module.in_features, generator=generator)
+            b = 0.1 * torch.randn(module.out_features, RANK, generator=generator)
+            tensors |= {f"base_model.model.{name}.lora_{part}.weight": t for part, t in (("A", a), ("B", b))}
+            names.add(name.rpartition(".")[2])
+            module.weight.data += SCALING * b @ a
+    save_file(tensors, place / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": SCALING * RANK, "bias": "none"}
+    (place / "adapter_config.json").write_text(json.dumps({**config, "target_modules": sorted(names)}))
+    return str(place)

@@ -1,4 +1,7 @@
-"""Over HTTP every answer is the one that the simulation gives: one by one, streamed, and by hundreds at once."""
+"""Over HTTP every answer is the one that the simulation gives: one by one, streamed, and by hundreds at once.
+
+The tests share one server, and the last of them breaks it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,11 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -28,16 +34,18 @@ REQUESTS = 500
 class Server:
     """vLLM's OpenAI-compatible server in processes of its own."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", place]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(place)]
         command += ["--served-model-name", "spd", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
         command += ["--tensor-parallel-size", str(RANKS), "--max-model-len", "64", "--max-num-seqs", "32"]
         command += ["--distributed-executor-backend", "mp", "--enforce-eager"]
-        self.process = subprocess.Popen(command, start_new_session=True)
+        self.log = place.with_suffix(".log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=subprocess.STDOUT)
 
     def wait(self) -> None:
         deadline = time.monotonic() + 400
@@ -68,12 +76,20 @@ class Server:
         assert lines[-1] == "[DONE]"
         return [json.loads(line)["choices"][0]["text"] for line in lines[:-1]]
 
+    def workers(self) -> dict[str, psutil.Process]:
+        """The processes that compute, by vLLM's name for them."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        titles = {process: process.cmdline()[0] for process in found if process.cmdline()}
+        return {title.rpartition("::")[2]: process for process, title in titles.items() if "::Worker" in title}
+
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+        print(self.log.read_text())  # which pytest shows where a test failed
 
 
 def words(tokens: list[int]) -> str:
@@ -87,7 +103,7 @@ def server(tmp_path_factory):
     vocabulary = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
     vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     save(model_of("llama"), PLAN, place, PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="w0"))
-    running = Server(str(place))
+    running = Server(place)
     try:
         running.wait()
         yield running
@@ -115,3 +131,25 @@ def test_hundreds_of_mixed_requests_at_once_each_get_their_own_answer(server):
     assert len(texts) == REQUESTS
     wrong = [i for i, text in enumerate(texts) if text.split() != wanted[i % 100].split()]
     assert wrong == []
+
+
+def test_a_killed_worker_ends_the_others_and_is_named(server):
+    """Within 30 seconds, in the middle of generating; the last test, because it ends the server."""
+    workers = server.workers()
+    assert len(workers) == RANKS, workers
+
+    def ask() -> None:
+        while True:
+            server.complete(prompts(1)[0])
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        time.sleep(1)
+        assert not any(future.done() for future in asking)
+        workers["Worker_TP1"].kill()
+        gone, left = psutil.wait_procs([*workers.values(), psutil.Process(server.process.pid)], timeout=30)
+        assert not left, (gone, left)
+        for future in asking:
+            with pytest.raises((OSError, HTTPException)):
+                future.result(timeout=30)
+    assert "VllmWorker-1 died unexpectedly" in server.log.read_text()

@@ -14,6 +14,7 @@ The plan is read from the model's config and from nowhere else: that is part of 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, MistralConfig, OPTConfig, Phi3Config, Qwen2Config, Qwen3Config
@@ -21,6 +22,8 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, OPTConfig, Phi3
 from elision.errors import InputError
 from elision.families import TREATED, intermediate_size
 from elision.spd.runtimes.checkpoint import family_config, plan_of
+
+logger = logging.getLogger(__name__)
 
 TESTED = "0.32.0"  # the versions of vLLM that our tests run against
 
@@ -75,10 +78,16 @@ CONFIGS = (SPDLlamaConfig, SPDMistralConfig, SPDQwen2Config, SPDQwen3Config, SPD
 
 
 def register() -> None:
-    """Make this process's vLLM know our architectures; safe to call twice. The entry point of the plugin."""
-    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # pyright: ignore[reportMissingImports]
+    """Make this process's vLLM know our architectures; safe to call twice. The entry point of the plugin.
 
+    A vLLM that lacks what this needs goes on without it: it serves all other models, and refuses ours by their names.
+    """
+    try:
+        from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        logger.warning("no checkpoint with a plan can be served by this vLLM (%s): use vLLM %s", error, TESTED)
+        return
     for name in MODELS.values():
         architecture = f"SPD{name}"
         if architecture not in ModelRegistry.get_supported_archs():
@@ -121,15 +130,11 @@ class CheckPlan:
             raise InputError(
                 f"quantization {model.quantization} has not been tested with SPD: serve without --quantization"
             )
-        if plan.corrections:
+        lora = vllm_config.lora_config
+        if lora is not None and lora.fully_sharded_loras:
             raise InputError(
-                f"plan corrects block {min(plan.corrections)}, which the vLLM plugin does not do: heal it instead, or "
-                "serve with transformers"
-            )
-        if plan.int8:
-            raise InputError(
-                f"plan sends block {plan.int8[0]}'s sync in int8, which the vLLM plugin does not do: drop or keep that "
-                "sync, or serve with transformers"
+                "--fully-sharded-loras leaves no rank its own part of an adapter's product, which SPD's MLP input "
+                "needs: leave it out"
             )
         if config.model_type == "qwen3" and config.attention_bias:
             raise InputError("attention_bias is set, but vLLM leaves out Qwen3's output bias: serve with transformers")

@@ -1,63 +1,121 @@
 """vLLM's models with planned blocks that run one all-reduce instead of two. Imported by vLLM alone, by lazy path.
 
 A planned block is vLLM's own, with the class of its layer changed for a subclass that has an SPD forward, and with its
-two row-parallel projections told not to reduce. vLLM adds the bias of such a projection on rank 0 only, so that the
-sum over ranks has it once. P_i' and Z_i' below are those products, bias b and c on rank 0 included:
+two row-parallel projections told not to reduce. The output projection is told to leave out its bias b as well, which
+vLLM would add on rank 0 only; the down projection's c stays there, so that the sum over ranks has it once. With
+Z_i' = MLP_i(norm(u_i)), c on rank 0 included, the block is block.py's:
 
-    u_i = X + P_i' (+ b where i > 0)      Z_i' = MLP_i(norm(u_i))      output = X + all_reduce(P_i' + Z_i')
+    u_i = X + g_i P_i + b + m_i      output = X + all_reduce(P_i + Z_i') + b
 
 vLLM's layers hand on a block's output as two terms, the last sub-layer's product and `residual`, which the next norm
 adds up. Ours hands on the all-reduced sum and X, unchanged: both are the same bits on every rank.
+
+A correction's constant and gain are parameters of the layer, of which each rank loads its own row. A local O M_i
+lengthens the output projection: A_i [Wo_i; M_i] is one product, [P_i; A_i M_i], and an adapter on O reaches P_i alone,
+as it does when it is merged. A block whose first sync is sent in int8 keeps its layer; its attention sums by int8.py.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
-from vllm.distributed import (  # pyright: ignore[reportMissingImports]
-    get_tensor_model_parallel_rank,
-    tensor_model_parallel_all_reduce,
-)
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models.mistral import (  # pyright: ignore[reportMissingImports]
-    MistralDecoderLayer,
-    MistralForCausalLM,
-)
-from vllm.model_executor.models.opt import OPTDecoderLayer, OPTForCausalLM  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models.phi3 import Phi3ForCausalLM  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM  # pyright: ignore[reportMissingImports]
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from elision.errors import InputError
+from elision.spd.corrections import NAME as CORRECTION
+from elision.spd.int8 import all_reduce_on_rank
+from elision.spd.plan import SyncPlan
 from elision.spd.runtimes.checkpoint import plan_of
 from elision.spd.runtimes.vllm import TESTED
 
+try:
+    from vllm.distributed import (  # pyright: ignore[reportMissingImports]
+        get_tensor_model_parallel_rank,
+        get_tp_group,
+        tensor_model_parallel_all_reduce,
+    )
+    from vllm.model_executor.layers.linear import RowParallelLinear  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.models.llama import (  # pyright: ignore[reportMissingImports]
+        LlamaAttention,
+        LlamaDecoderLayer,
+        LlamaForCausalLM,
+    )
+    from vllm.model_executor.models.mistral import (  # pyright: ignore[reportMissingImports]
+        MistralAttention,
+        MistralDecoderLayer,
+        MistralForCausalLM,
+    )
+    from vllm.model_executor.models.opt import (  # pyright: ignore[reportMissingImports]
+        OPTAttention,
+        OPTDecoderLayer,
+        OPTForCausalLM,
+    )
+    from vllm.model_executor.models.phi3 import Phi3ForCausalLM  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.models.qwen2 import (  # pyright: ignore[reportMissingImports]
+        Qwen2Attention,
+        Qwen2DecoderLayer,
+        Qwen2ForCausalLM,
+    )
+    from vllm.model_executor.models.qwen3 import (  # pyright: ignore[reportMissingImports]
+        Qwen3Attention,
+        Qwen3DecoderLayer,
+        Qwen3ForCausalLM,
+    )
+except ImportError as error:
+    raise InputError(f"this vLLM cannot run a plan ({error}): use vLLM {TESTED}") from error
 
-def _missing_bias(share: torch.Tensor, projection: Any, missing: bool) -> torch.Tensor:
-    """The rank's attention share with the output projection's bias, which vLLM adds on rank 0 alone."""
-    if not missing:
-        return share
-    return share + getattr(projection, "base_layer", projection).bias  # vLLM's LoRA layer keeps the module inside
+
+class Correction(nn.Module):
+    """This rank's part of what corrects a block's MLP input, but for a local O; named as in the checkpoint."""
+
+    def __init__(self, gain: bool, like: Tensor, hidden: int) -> None:
+        super().__init__()
+        self.constant = _own_row(like.new_zeros(hidden))
+        self.gain = _own_row(like.new_ones(hidden)) if gain else None
+
+
+def _own_row(tensor: Tensor) -> nn.Parameter:
+    """A parameter of which the checkpoint has a row for each rank."""
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    rank = get_tensor_model_parallel_rank()
+    parameter.weight_loader = lambda own, rows: own.data.copy_(rows[rank])  # pyright: ignore[reportAttributeAccessIssue]
+    return parameter
+
+
+def _mlp_input(x: Tensor, product: Tensor, bias: Tensor | None, correction: Correction | None) -> tuple[Tensor, Tensor]:
+    """P_i and u_i (tokens, hidden), from X and the product A_i Wo_i, which a local O has made longer by A_i M_i."""
+    hidden = x.shape[-1]
+    share, seen = product[..., :hidden], product[..., -hidden:]  # the same where there is no local O
+    if correction is not None and correction.gain is not None:
+        seen = seen * correction.gain
+    seen = _plus(seen, bias)
+    return share, x + (seen if correction is None else seen + correction.constant)
+
+
+def _plus(total: Tensor, bias: Tensor | None) -> Tensor:
+    return total if bias is None else total + bias
 
 
 class _LlamaSPD:
     """The SPD forward of Llama and its kin."""
 
-    adds_bias: bool  # whether this rank's product lacks the output projection's bias
-
     def forward(
-        self: Any, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, **extra: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self: Any, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **extra: Any
+    ) -> tuple[Tensor, Tensor]:
         if residual is None:
             x, normed = hidden_states, self.input_layernorm(hidden_states)
         else:
             normed, x = self.input_layernorm(hidden_states, residual)
-        share = self.self_attn(positions=positions, hidden_states=normed)
-        u = x + _missing_bias(share, self.self_attn.o_proj, self.adds_bias)
-        return tensor_model_parallel_all_reduce(share + self.mlp(self.post_attention_layernorm(u))), x
+        product = self.self_attn(positions=positions, hidden_states=normed)
+        bias = self.self_attn.o_proj.bias
+        share, u = _mlp_input(x, product, bias, self.spd_correction)
+        total = tensor_model_parallel_all_reduce(share + self.mlp(self.post_attention_layernorm(u)))
+        return _plus(total, bias), x
 
 
 class SPDLlamaDecoderLayer(_LlamaSPD, LlamaDecoderLayer):
@@ -79,55 +137,157 @@ class SPDQwen3DecoderLayer(_LlamaSPD, Qwen3DecoderLayer):
 class SPDOPTDecoderLayer(OPTDecoderLayer):
     """A planned block of OPT, whose layers hand on one sum."""
 
-    adds_bias: bool
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        share = self.self_attn(hidden_states=self.self_attn_layer_norm(hidden_states))
-        u = hidden_states + _missing_bias(share, self.self_attn.out_proj, self.adds_bias)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        product = self.self_attn(hidden_states=self.self_attn_layer_norm(hidden_states))
+        bias = self.self_attn.out_proj.bias
+        share, u = _mlp_input(hidden_states, product, bias, self.spd_correction)
         inner, _ = self.fc1(self.final_layer_norm(u))
         product, _ = self.fc2(self.activation_fn(inner))
-        return hidden_states + tensor_model_parallel_all_reduce(share + product)
+        return hidden_states + _plus(tensor_model_parallel_all_reduce(share + product), bias)
 
 
-# vLLM's layer, ours, the arguments of its forward, and where its two row-parallel projections are.
-_LLAMA = (("positions", "hidden_states", "residual"), ("self_attn", "o_proj"), ("mlp", "down_proj"))
-_LAYERS: dict[type, tuple[type, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    LlamaDecoderLayer: (SPDLlamaDecoderLayer, *_LLAMA),
-    MistralDecoderLayer: (SPDMistralDecoderLayer, *_LLAMA),
-    Qwen2DecoderLayer: (SPDQwen2DecoderLayer, *_LLAMA),
-    Qwen3DecoderLayer: (SPDQwen3DecoderLayer, *_LLAMA),
-    OPTDecoderLayer: (SPDOPTDecoderLayer, ("hidden_states",), ("self_attn", "out_proj"), ("fc2",)),
+class _Int8Sum:
+    """Attention whose sum over ranks is int8.py's; its output projection neither reduces nor adds its bias."""
+
+    output = "o_proj"
+
+    def forward(self, **inputs: Any) -> Tensor:
+        share = super().forward(**inputs)  # pyright: ignore[reportAttributeAccessIssue]
+        return _plus(torch.ops.elision.int8_all_reduce(share), getattr(self, self.output).bias)
+
+
+class Int8LlamaAttention(_Int8Sum, LlamaAttention):
+    """Attention of Llama or Phi-3, summed in int8."""
+
+
+class Int8MistralAttention(_Int8Sum, MistralAttention):
+    """Attention of Mistral, summed in int8."""
+
+
+class Int8Qwen2Attention(_Int8Sum, Qwen2Attention):
+    """Attention of Qwen2, summed in int8."""
+
+
+class Int8Qwen3Attention(_Int8Sum, Qwen3Attention):
+    """Attention of Qwen3, summed in int8."""
+
+
+class Int8OPTAttention(_Int8Sum, OPTAttention):
+    """Attention of OPT, summed in int8."""
+
+    output = "out_proj"
+
+
+@torch.library.custom_op("elision::int8_all_reduce", mutates_args=(), schema="(Tensor share) -> Tensor")
+def int8_all_reduce(share: Tensor) -> Tensor:
+    """The sum of all ranks' `share` (tokens, hidden), sent in int8; one operator to torch.compile."""
+    group = get_tp_group().device_group
+    ranks = dist.get_world_size(group)
+
+    def all_to_all(messages: Tensor) -> Tensor:
+        received = torch.empty_like(messages)
+        dist.all_to_all_single(received, messages, group=group)
+        return received
+
+    def all_gather(message: Tensor) -> Tensor:
+        everyone = message.new_empty((ranks, *message.shape))
+        dist.all_gather(list(everyone.unbind()), message, group=group)
+        return everyone
+
+    return all_reduce_on_rank(share, dist.get_rank(group), ranks, all_to_all, all_gather)
+
+
+@int8_all_reduce.register_fake
+def _(share: Tensor) -> Tensor:
+    return torch.empty_like(share)
+
+
+# vLLM's class, ours, the arguments of its forward, and where its row-parallel projections are, O first.
+_ARGUMENTS = ("positions", "hidden_states", "residual")
+_PLACES = (("self_attn", "o_proj"), ("mlp", "down_proj"))
+_Row = tuple[type, tuple[str, ...], tuple[tuple[str, ...], ...]]
+_LAYERS: dict[type, _Row] = {
+    LlamaDecoderLayer: (SPDLlamaDecoderLayer, _ARGUMENTS, _PLACES),
+    MistralDecoderLayer: (SPDMistralDecoderLayer, _ARGUMENTS, _PLACES),
+    Qwen2DecoderLayer: (SPDQwen2DecoderLayer, _ARGUMENTS, _PLACES),
+    Qwen3DecoderLayer: (SPDQwen3DecoderLayer, _ARGUMENTS, _PLACES),
+    OPTDecoderLayer: (SPDOPTDecoderLayer, ("hidden_states",), (("self_attn", "out_proj"), ("fc2",))),
 }
+_ATTENTIONS: dict[type, _Row] = {
+    LlamaAttention: (Int8LlamaAttention, _ARGUMENTS[:2], (("o_proj",),)),
+    MistralAttention: (Int8MistralAttention, _ARGUMENTS[:2], (("o_proj",),)),
+    Qwen2Attention: (Int8Qwen2Attention, _ARGUMENTS[:2], (("o_proj",),)),
+    Qwen3Attention: (Int8Qwen3Attention, _ARGUMENTS[:2], (("o_proj",),)),
+    OPTAttention: (Int8OPTAttention, ("hidden_states",), (("out_proj",),)),
+}
+_O = re.compile(rf"(.*\blayers\.(\d+)\.)(self_attn\.(?:o|out)_proj\.weight|{CORRECTION}\.local_o)")
 
 
 class _DropsSyncs:
-    """A vLLM model that, once built, drops the first sync of the blocks that its config's plan names."""
+    """A vLLM model that, once built, drops or quantises the first sync of the blocks that its config's plan names."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
+        plan = plan_of(vllm_config.model_config.hf_config)
+        check_agreed(plan)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)  # pyright: ignore[reportCallIssue]
-        config = vllm_config.model_config.hf_config
         model: Any = self
         layers = model.model.decoder.layers if hasattr(model.model, "decoder") else model.model.layers
-        for index in plan_of(config).dropped:
-            _drop_sync(layers[index], index)
+        for index in plan.dropped:
+            drop_sync(layers[index], index, plan.corrections.get(index))
+        for index in plan.int8:
+            _change(layers[index].self_attn, index, _ATTENTIONS)
+        self._local_o = {index for index, kind in plan.corrections.items() if kind == "local_o"}
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return super().load_weights(_joined(weights, self._local_o))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _drop_sync(layer: nn.Module, index: int) -> None:
-    """Turn one layer into a planned block, in place.
+def check_agreed(plan: SyncPlan) -> None:
+    """Pass where every rank has this plan, and there are as many as it is for.
+
+    Raises:
+        InputError: on every rank, naming one that differs.
+    """
+    group = get_tp_group()
+    if group.world_size != plan.ranks:
+        raise InputError(f"plan is for {plan.ranks} ranks, this vLLM has {group.world_size}: use {plan.ranks}")
+    plans: list[Any] = [None] * group.world_size
+    dist.all_gather_object(plans, plan.to_dict(), group=group.cpu_group)
+    for rank, other in enumerate(plans):
+        if other != plans[0]:
+            raise InputError(
+                f"rank {rank} has another plan than rank 0 (dropped {other['dropped']}; {plans[0]['dropped']}): "
+                "give every rank the same checkpoint"
+            )
+
+
+def drop_sync(layer: Any, index: int, correction: str | None = None) -> None:
+    """Turn one layer of vLLM's into a planned block, in place; `correction` is its kind.
 
     Raises:
         InputError: the layer is not built as in the versions of vLLM that this was tested with.
     """
-    kind = type(layer)
-    _check(kind in _LAYERS, index, f"its class is {kind.__name__}")
-    spd_kind, arguments, *places = _LAYERS[kind]
+    _check(getattr(layer, "ada_rms_norm_t_cond", None) is None, index, "it scales its norm by a condition")
+    o = _change(layer, index, _LAYERS)
+    layer.spd_correction = None
+    if correction is not None:
+        layer.spd_correction = Correction(correction == "gain", o.weight, o.output_size)
+    if correction == "local_o":
+        attention = layer.self_attn
+        setattr(attention, "out_proj" if hasattr(attention, "out_proj") else "o_proj", _lengthened(o))
+
+
+def _change(module: nn.Module, index: int, kinds: dict[type, _Row]) -> Any:
+    """Give a module our class and stop its projections from reducing, and O from adding its bias; return O."""
+    kind = type(module)
+    _check(kind in kinds, index, f"its class is {kind.__name__}")
+    own_kind, arguments, places = kinds[kind]
     found = tuple(inspect.signature(kind.forward).parameters)[1:]
     _check(found[: len(arguments)] == arguments, index, f"its forward takes {', '.join(found)}")
-    _check("forward" not in vars(layer), index, "its forward has been replaced, as weight offloading does")
-    _check(getattr(layer, "ada_rms_norm_t_cond", None) is None, index, "it scales its norm by a condition")
+    _check("forward" not in vars(module), index, "its forward has been replaced, as weight offloading does")
     projections = []
     for place in places:
-        projection: Any = layer
+        projection: Any = module
         for name in place:
             projection = getattr(projection, name, None)
         where = ".".join(place)
@@ -136,14 +296,50 @@ def _drop_sync(layer: nn.Module, index: int) -> None:
         projections.append(projection)
     for projection in projections:
         projection.reduce_results = False
-    layer.__class__ = spd_kind
-    # A flag, not the bias: assigning a parameter here would register it a second time.
-    layer.adds_bias = projections[0].bias is not None and get_tensor_model_parallel_rank() > 0  # pyright: ignore
+    projections[0].skip_bias_add = True  # handed on to an attention that ignores it; added after the sync
+    module.__class__ = own_kind
+    return projections[0]
 
 
 def _check(fits: bool, index: int, what: str) -> None:
     if not fits:
-        raise InputError(f"block {index} of this vLLM model cannot drop its sync, {what}: use vLLM {TESTED}")
+        raise InputError(f"block {index} of this vLLM model cannot change its sync, {what}: use vLLM {TESTED}")
+
+
+def _lengthened(o: Any) -> Any:
+    """An output projection with a local O's rows below its own, to be loaded with both."""
+    longer: Any = RowParallelLinear(
+        o.input_size,
+        2 * o.output_size,
+        bias=False,
+        skip_bias_add=True,
+        params_dtype=o.params_dtype,
+        reduce_results=False,
+        prefix=o.prefix,
+    )
+    longer.bias = o.bias
+    return longer
+
+
+def _joined(weights: Iterable[tuple[str, Tensor]], blocks: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors, in which these blocks' O and local O are one.
+
+    Raises:
+        InputError: one of the two is missing.
+    """
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights:
+        match = _O.fullmatch(name)
+        if match is None or int(match[2]) not in blocks:
+            yield name, tensor
+            continue
+        pair = waiting.setdefault(match[1], {})
+        pair[match[3]] = tensor
+        if len(pair) == 2:
+            (_, local_o), (o_name, o) = sorted(waiting.pop(match[1]).items(), reverse=True)
+            yield match[1] + o_name, torch.cat([o, local_o])
+    for layer, pair in waiting.items():
+        raise InputError(f"the checkpoint has only {next(iter(pair))} of {layer[:-1]}: save it again with its plan")
 
 
 class SPDLlamaForCausalLM(_DropsSyncs, LlamaForCausalLM):
