@@ -10,6 +10,7 @@ from elision.spd.distill import Recipe, heal
 from elision.spd.fit import correct, uncorrect
 from elision.spd.plan import Calibration, ModelFacts, SyncPlan, Verified
 from elision.spd.proxies import order, scores
+from elision.spd.regroup import regroup, ungroup
 from elision.spd.sensitivity import Sensitivity, calibrate, curve, sensitivity
 from elision.spd.simulate import Simulation, simulate
 
@@ -30,9 +31,11 @@ __all__ = [
     "order",
     "read",
     "read_plan",
+    "regroup",
     "save",
     "scores",
     "sensitivity",
     "simulate",
     "uncorrect",
+    "ungroup",
 ]
