@@ -15,7 +15,7 @@ import torch
 
 from elision import InputError, evaluate
 from elision.blocks import decoder
-from elision.spd import Recipe, SyncPlan, correct, distill, heal, simulate
+from elision.spd import Recipe, SyncPlan, correct, distill, heal, simulate, student
 from elision.spd.activations import sources
 from tests.spd.tiny import bits, left_padded, tiny, token_ids
 
@@ -90,14 +90,14 @@ def test_the_loss_is_relative_to_what_the_block_adds_and_ignores_padding():
     model = tiny("granite")
     view = decoder(model)
     block, data = view.blocks[1], sources(view, DATA)
-    student = distill.Student(block, RANKS, None)
+    learner = student.Student(block, SyncPlan(RANKS, (1,)))
     x, t = (torch.randn_like(data[-1].embedded) for _ in range(2))
     with simulate(model, SyncPlan(RANKS, (1,))), torch.no_grad():
         y = block.layer(x, **data[-1].kwargs[1])
     real = DATA[-1]["attention_mask"].bool()
     expected = (y - t)[real].square().sum() / (t - x)[real].square().sum()
     with torch.no_grad():
-        assert student.loss(x, t, data[-1]).item() == pytest.approx(expected.item(), rel=1e-12)
+        assert learner.loss(x, t, data[-1]).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_only_the_chosen_blocks_change_and_the_rest_of_the_model_is_left_as_it_was():
@@ -135,11 +135,11 @@ def test_a_block_that_gets_no_better_keeps_its_weights():
 
 def test_training_stops_early(monkeypatch):
     calls = []
-    loss = distill.Student.loss
-    monkeypatch.setattr(distill.Student, "loss", lambda *a: calls.append(torch.is_grad_enabled()) or loss(*a))
+    loss = student.Student.loss
+    monkeypatch.setattr(student.Student, "loss", lambda *a: calls.append(torch.is_grad_enabled()) or loss(*a))
     heal(tiny("llama"), SyncPlan(RANKS, (1,)), DATA, recipe=Recipe(epochs=50, lr=1e3), quiet=True)
-    assert calls.count(True) == 9 * (distill.PATIENCE + 1)
-    assert calls.count(False) == 1 + distill.PATIENCE + 1  # one batch held out: before, and after each epoch
+    assert calls.count(True) == 9 * (student.PATIENCE + 1)
+    assert calls.count(False) == 1 + student.PATIENCE + 1  # one batch held out: before, and after each epoch
 
 
 def test_bf16_weights_are_trained_as_float32_and_rounded_once():
@@ -157,7 +157,7 @@ def test_bf16_weights_are_trained_as_float32_and_rounded_once():
 def test_the_learning_rate_follows_the_width():
     assert [Recipe().learning_rate(hidden) for hidden in (24, 256, 4096)] == [1e-3, 1e-3, 0.256 / 4096]
     assert Recipe(lr=0.02).learning_rate(4096) == 0.02
-    factors = [distill._schedule(done, 100) for done in range(100)]
+    factors = [student.schedule(done, 100) for done in range(100)]
     assert factors[0] == 0.2 and max(factors) == 1.0 and 0 < factors[-1] < 1e-2
 
 

@@ -5,6 +5,7 @@ process compute what N ranks would under a plan, and returns a handle that undoe
 carries its plan; `load` brings it back, simulated, and `read` brings model and plan back one beside the other.
 """
 
+from elision.spd.adapter import load_adapter, save_adapter
 from elision.spd.artifact import Treated, load, read, read_plan, save
 from elision.spd.distill import Recipe, heal
 from elision.spd.fit import correct, uncorrect
@@ -28,11 +29,13 @@ __all__ = [
     "curve",
     "heal",
     "load",
+    "load_adapter",
     "order",
     "read",
     "read_plan",
     "regroup",
     "save",
+    "save_adapter",
     "scores",
     "sensitivity",
     "simulate",

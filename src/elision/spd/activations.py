@@ -7,13 +7,16 @@ activation per batch and stream is all that is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from elision.blocks import Decoder
+from elision.blocks import Block, Decoder
+from elision.spd.corrections import Correction
+from elision.spd.plan import SyncPlan
+from elision.spd.simulate import Simulation
 from elision.spd.streams import INPUTS, Batch, layer_calls
 
 
@@ -35,3 +38,15 @@ def sources(view: Decoder, batches: Sequence[Batch]) -> list[Source]:
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         found.append(Source(calls[0][0], [kwargs for _, kwargs in calls], real))
     return found
+
+
+def served(
+    block: Block, plan: SyncPlan, hidden: Tensor, kwargs: Mapping[str, Any], correction: Correction | None = None
+) -> Tensor:
+    """One stream through one block as the plan's ranks compute it: sync dropped, in int8, left out with attention."""
+    corrections = {} if correction is None else {block.index: correction}
+    dropped, int8, skipped = (
+        [block] if block.index in chosen else [] for chosen in (plan.dropped, plan.int8, plan.skipped)
+    )
+    with Simulation(dropped, plan.ranks, corrections, int8=int8, skipped=skipped):
+        return block.layer(hidden, **kwargs)

@@ -33,6 +33,7 @@ from elision.errors import InputError
 from elision.families import TREATED, load_config
 from elision.spd.card import card
 from elision.spd.corrections import NAME, attach, correction_of, fill
+from elision.spd.lowrank import NAME as LOWRANK
 from elision.spd.plan import SyncPlan
 from elision.spd.simulate import Simulation, covered, facts, simulate
 
@@ -111,6 +112,7 @@ def _write(model: PreTrainedModel, plan: SyncPlan, directory: Path) -> None:
     before = {name: getattr(model.config, name, None) for name in ("architectures", "dtype")}
     planned = set(plan.corrections)
     state = {name: tensor for name, tensor in model.state_dict().items() if _corrected(name) in {None, *planned}}
+    state = {name: tensor for name, tensor in state.items() if LOWRANK not in name.split(".")}  # merged already
     try:
         model.save_pretrained(directory, state_dict=state)
     finally:

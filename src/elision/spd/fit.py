@@ -7,8 +7,8 @@ Rank i's MLP should see S = sum_j P_j and sees P_i = A_i Wo_i. Of S it can say w
     local_o     M_i, m_i minimise E|A_i M_i + m_i - S|^2 + ridge |M_i - Wo_i|^2
 
 each better than the one before on the text it was fitted to, and dearer: a vector, two vectors, a second O. All three
-follow from sums over tokens, so the text streams by once. Blocks are fitted in ascending order on what the corrected
-blocks before them put out, because that is what they will be given.
+follow from sums over tokens, so the text streams by once. Blocks are fitted in ascending order on what the blocks
+before them put out, corrected or with their sync in int8, because that is what they will be given.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from elision.blocks import Block
 from elision.errors import InputError
 from elision.progress import progress
-from elision.spd.activations import Source, sources
+from elision.spd.activations import Source, served, sources
 from elision.spd.artifact import Treated
 from elision.spd.block import attention_share
-from elision.spd.corrections import attach, correction_of, detach
+from elision.spd.corrections import Correction, attach, correction_of, detach
 from elision.spd.plan import CORRECTIONS, SyncPlan
 from elision.spd.simulate import Simulation, check_plain, covered, facts, head_outputs, local_block
-from elision.spd.streams import Batch, check_batches, evaluating, step
+from elision.spd.streams import Batch, check_batches, evaluating
 
 RIDGE = 1e-4  # of M_i - Wo_i, in units of the mean square of A_i's channels: keeps directions that hardly occur
 
@@ -76,15 +76,11 @@ def correct(
         for block in view.blocks:
             correction = None
             if block.index in chosen:
-                tensors = fit(block, plan.ranks, kind, hidden, data)
-                correction = attach(block, kind, plan.ranks)
-                for name, parameter in correction.named_parameters():
-                    parameter.copy_(tensors[name])
+                correction = attach_fit(block, plan.ranks, kind, hidden, data)
             elif block.index in corrected.corrections:
                 correction = correction_of(block, plan.ranks, corrected.corrections[block.index])
-            ranks = plan.ranks if block.index in plan.dropped else None
             hidden = [
-                step(block, ranks, x, source.kwargs[block.index], correction)
+                served(block, plan, x, source.kwargs[block.index], correction)
                 for x, source in zip(hidden, data, strict=True)
             ]
             advance(1)
@@ -96,6 +92,16 @@ def uncorrect(model: nn.Module, plan: SyncPlan) -> SyncPlan:
     for block in covered(model, plan.ranks).blocks:
         detach(block)
     return replace(plan, corrections={})
+
+
+@torch.no_grad()
+def attach_fit(block: Block, ranks: int, kind: str, hidden: Sequence[Tensor], data: Sequence[Source]) -> Correction:
+    """Give a block that gets `hidden` (one tensor a batch) its fitted correction."""
+    tensors = fit(block, ranks, kind, hidden, data)
+    correction = attach(block, kind, ranks)
+    for name, parameter in correction.named_parameters():
+        parameter.copy_(tensors[name])
+    return correction
 
 
 def fit(block: Block, ranks: int, kind: str, hidden: Sequence[Tensor], data: Sequence[Source]) -> dict[str, Tensor]:
