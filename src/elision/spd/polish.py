@@ -130,7 +130,7 @@ def forward(
 
 def divergences(view: Decoder, rows: Tensor, teacher: Tensor) -> Iterator[Tensor]:
     """KL(dense || healed) of tokens' last hidden states (tokens, hidden), in parts that add up to the mean."""
-    dtype = view.lm_head.weight.dtype
+    dtype = next(view.lm_head.parameters()).dtype
     for student, dense in zip(rows.split(HEAD_ROWS), teacher.split(HEAD_ROWS), strict=True):
         with torch.no_grad():
             target = _log_probabilities(view, dense.to(dtype))

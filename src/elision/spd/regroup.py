@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +183,7 @@ def _heads_of(block: Block) -> Iterator[list[Tensor]]:
 @contextmanager
 def _eager(view: Decoder) -> Iterator[None]:
     """Attention that says its score maps inside. Padding's own rows may come out as nan there."""
-    before = view.model.config._attn_implementation
+    before: Any = view.model.config._attn_implementation
     view.model.set_attn_implementation("eager")
     try:
         yield

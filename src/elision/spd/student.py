@@ -218,9 +218,11 @@ class Kept:
     def restore(self, name: str, trained: Mapping[str, nn.Parameter]) -> bool:
         """Give parameters the values that a run with the same key left, if one did."""
         found = self.resume(name)
-        for key, parameter in trained.items() if found is not None else ():
+        if found is None:
+            return False
+        for key, parameter in trained.items():
             parameter.copy_(found[key])
-        return found is not None
+        return True
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{self.key}-{name}.safetensors"
