@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from elision import InputError
 from elision.blocks import decoder
-from elision.spd import SyncPlan, curve, order, scores, sensitivity, simulate
+from elision.spd import SyncPlan, curve, order, proxies, scores, sensitivity, simulate
+from elision.spd.activations import sources
+from elision.spd.streams import IGNORED, next_tokens, step
 from tests.spd.tiny import bits, left_padded, tiny, token_ids
 
 DATA = [left_padded(), {"input_ids": token_ids(3, 7, seed=2)}]
-METHODS = ("sequential", "single", "fisher", "output_error")
+METHODS = ("sequential", "single", "fisher", "output_error", "integrated")
 
 
 def graded():
@@ -56,7 +60,7 @@ def test_fisher_is_its_formula_and_one_backward_pass_does_for_all_blocks():
             dot = (gradients[j] * (changed[0] - seen[j])).sum(-1)[real]
             expected[j] += dot.square().sum().item() / 2
     expected *= torch.tensor(loss_sum / tokens).double().exp() / tokens
-    assert scores(model, DATA, 3, quiet=True) == pytest.approx(expected.tolist(), rel=1e-6)
+    assert scores(model, DATA, 3, "fisher", quiet=True) == pytest.approx(expected.tolist(), rel=1e-6)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -68,6 +72,49 @@ def test_single_and_sequential_are_what_they_say():
     exact = sensitivity(model, DATA, 3, quiet=True)
     assert scores(model, DATA, 3, "sequential", quiet=True) == exact.blocks
     assert order(model, DATA, 3, "sequential", quiet=True) == exact.order
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["opt", "granite"])
+def test_a_sync_is_dropped_by_shares_from_the_plain_block_to_spd(family):
+    model = tiny(family)
+    block, (source, _) = decoder(model).blocks[1], sources(decoder(model), DATA)
+    x, kwargs, real = source.embedded, source.kwargs[1], source.real
+    ends = [proxies.partly_dropped(block, 3, torch.tensor(t).double(), x, kwargs)[real] for t in (0.0, 0.5, 1.0)]
+    torch.testing.assert_close(ends[0], step(block, None, x, kwargs)[real], rtol=0, atol=1e-12)
+    torch.testing.assert_close(ends[2], step(block, 3, x, kwargs)[real], rtol=0, atol=1e-12)
+    assert all((ends[1] - end).abs().max() > 1e-3 for end in (ends[0], ends[2]))
+
+
+def test_integrated_is_the_slope_of_perplexity_at_its_groups_midpoint(monkeypatch):
+    """Against finite differences of the whole model's perplexity."""
+    monkeypatch.setattr(proxies, "GROUPS", 2)
+    model = tiny("opt", num_hidden_layers=4)
+
+    def perplexity(t: list[float]) -> float:
+        found = [proxies._slopes(decoder(model), batch, 3, torch.tensor(t, dtype=torch.float64)) for batch in DATA]
+        tokens = sum(int((next_tokens(batch) != IGNORED).sum()) for batch in DATA)
+        return math.exp(sum(loss for loss, _ in found) / tokens)
+
+    expected = []
+    for block in range(4):
+        t = [0.5, 0.5, 1.0, 1.0] if block < 2 else [0.0, 0.0, 0.5, 0.5]
+        up, down = ([x + s * 1e-5 * (i == block) for i, x in enumerate(t)] for s in (1, -1))
+        expected.append((perplexity(up) - perplexity(down)) / 2e-5)
+    assert scores(model, DATA, 3, "integrated", quiet=True) == pytest.approx(expected, rel=1e-5)
+
+
+def test_integrated_with_a_group_a_block_follows_the_exact_path(monkeypatch):
+    model = tiny("opt", num_hidden_layers=4)
+    with torch.no_grad():
+        for block, scale in zip(decoder(model).blocks, (0.1, 0.3, 0.05, 0.2), strict=True):
+            block.o.weight.mul_(scale)
+    exact = torch.tensor(sensitivity(model, DATA, 3, quiet=True).blocks)
+    errors = []
+    for groups in (1, 4):
+        monkeypatch.setattr(proxies, "GROUPS", groups)
+        errors.append((torch.tensor(scores(model, DATA, 3, "integrated", quiet=True)) - exact).abs().max())
+    assert errors[1] < 0.15 * exact.abs().max() and errors[1] < errors[0]
 
 
 @pytest.mark.parametrize("method", METHODS)

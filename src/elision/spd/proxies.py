@@ -4,26 +4,35 @@
     single          PPL(SPD on i) - PPL(dense)                       L/2 + 2 forward passes
     fisher          half the sum over tokens of (g_i . d_i)^2        two forward and one backward pass, for all blocks
     output_error    sum of |d_i|^2 over sum of |y_i - x_i|^2         two forward passes, for all blocks
+    integrated      dPPL/dt_i, its group's syncs half dropped        one forward and backward pass a group of blocks
 
 d_i = SPD_i(x_i) - y_i is what dropping block i's sync changes in its output y_i, g_i the gradient of the summed loss
 there. The loss is at a minimum as far as training went, so the first-order term g . d says little, and its square, a
 token at a time, stands in for the curvature d' H d. It is one number a block from one backward pass.
+
+Interaction between blocks is what that leaves out. Let t_i say how much of block i's sync is dropped, from 0, the plain
+block, to 1, SPD's: u_i = X + P_i + (1 - t_i) (sum_j P_j - P_i). The exact sensitivity is the integral of dPPL/dt_i over
+t_i from 0 to 1, later blocks at 1, earlier ones at 0. "integrated" moves a whole group of neighbouring blocks at a time
+and takes the integral by its midpoint: t = 1/2 in the group, 1 after it, 0 before it. One backward pass then has the
+derivatives of all its blocks; as many groups as blocks would come back to the exact path.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from elision.blocks import Decoder
+from elision.blocks import Block, Decoder
 from elision.errors import InputError
 from elision.progress import progress
+from elision.spd.block import add_residual, attention_share, mlp_share, spd_output
 from elision.spd.sensitivity import sensitivity
-from elision.spd.simulate import check_plain, covered
+from elision.spd.simulate import Simulation, check_plain, covered, head_outputs, local_block
 from elision.spd.streams import (
     IGNORED,
     INPUTS,
@@ -37,11 +46,12 @@ from elision.spd.streams import (
     step,
 )
 
-Method = Literal["sequential", "single", "fisher", "output_error"]
+Method = Literal["sequential", "single", "fisher", "output_error", "integrated"]
+GROUPS = 2  # of blocks that "integrated" moves together
 
 
 def order(
-    model: nn.Module, batches: Iterable[Batch], ranks: int, method: Method = "fisher", *, quiet: bool = False
+    model: nn.Module, batches: Iterable[Batch], ranks: int, method: Method = "integrated", *, quiet: bool = False
 ) -> tuple[int, ...]:
     """Blocks in the order in which to drop their syncs, the one that matters least first; as `scores` otherwise."""
     found = scores(model, batches, ranks, method, quiet=quiet)
@@ -49,7 +59,7 @@ def order(
 
 
 def scores(
-    model: nn.Module, batches: Iterable[Batch], ranks: int, method: Method = "fisher", *, quiet: bool = False
+    model: nn.Module, batches: Iterable[Batch], ranks: int, method: Method = "integrated", *, quiet: bool = False
 ) -> tuple[float, ...]:
     """How much each block's sync matters by `method`.
 
@@ -71,6 +81,8 @@ def scores(
         return tuple(perplexity - dense for perplexity in single)
     for block in view.blocks:
         check_plain(block)
+    if method == "integrated":
+        return _integrated(view, data, ranks, quiet)
     fisher = method == "fisher"
     sums = torch.zeros(len(view.blocks), 2, dtype=torch.float64)
     total, tokens = 0.0, 0
@@ -111,3 +123,53 @@ def _batch(view: Decoder, batch: Batch, ranks: int, fisher: bool) -> tuple[float
                 found[block.index, 0] = change.square().sum()
                 found[block.index, 1] = (y - x)[real].double().square().sum()
     return loss.item(), found
+
+
+def _integrated(view: Decoder, data: Sequence[Batch], ranks: int, quiet: bool) -> tuple[float, ...]:
+    """dPPL/dt of every block, at its group's midpoint."""
+    layers = len(view.blocks)
+    groups = min(GROUPS, layers)
+    tokens = sum(int((next_tokens(batch) != IGNORED).sum()) for batch in data)
+    found = [0.0] * layers
+    with evaluating(view.model), progress("Sync sensitivity, integrated", groups * len(data), quiet) as advance:
+        for group in range(groups):
+            first, last = (layers * edge // groups for edge in (group, group + 1))
+            dropped = torch.tensor([0.0] * first + [0.5] * (last - first) + [1.0] * (layers - last))
+            total, slopes = 0.0, torch.zeros(layers, dtype=torch.float64)
+            for batch in data:
+                loss, slope = _slopes(view, batch, ranks, dropped)
+                total += loss
+                slopes += slope
+                advance(1)
+            found[first:last] = (math.exp(total / tokens) * slopes / tokens).tolist()[first:last]
+    return tuple(found)
+
+
+def _slopes(view: Decoder, batch: Batch, ranks: int, dropped: Tensor) -> tuple[float, Tensor]:
+    """(summed loss, its derivative (layers,) by t) of one batch at t = `dropped`."""
+    inputs = {name: batch[name].to(view.model.device) for name in INPUTS if name in batch}
+    with torch.no_grad():
+        calls = layer_calls(view, inputs)
+    hidden = calls[0][0].detach()
+    t = dropped.to(hidden).requires_grad_()
+    with torch.enable_grad():
+        for block, (_, kwargs) in zip(view.blocks, calls, strict=True):
+            hidden = partly_dropped(block, ranks, t[block.index], hidden, kwargs)
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        loss = sum(losses(view, hidden, next_tokens(batch).to(hidden.device)), loss)
+    return loss.item(), torch.autograd.grad(loss, t)[0].double().cpu()
+
+
+def partly_dropped(block: Block, ranks: int, t: Tensor, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """One stream through one block with the share `t` of its first sync dropped: 0 the plain block, 1 SPD's."""
+    with Simulation([block], ranks):
+        heads = head_outputs(block, hidden, kwargs)
+    local = [local_block(block, rank, ranks) for rank in range(ranks)]
+    shares = [attention_share(own, part) for own, part in zip(heads.tensor_split(ranks, dim=-1), local, strict=True)]
+    attended = reduce(torch.add, shares)
+    total = attended
+    for part, share in zip(local, shares, strict=True):
+        seen = share + (1 - t) * (attended - share)
+        u = add_residual(hidden, seen, part.residual_multiplier, part.o_bias)
+        total = total + mlp_share(u, part)
+    return spd_output(hidden, total, local[0])
