@@ -1,0 +1,113 @@
+"""Starts the ranks of a command from within it, by the launcher behind torchrun.
+
+    launch(2, body, argument)       # two processes, body(argument) in each; rank 0's result comes back
+
+A process that torchrun has started already is a rank itself: there `launch` calls the body and starts nothing, so the
+same command serves several machines:
+
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --no-python elision spd probe
+
+The launcher watches its processes. When one dies or fails it ends the others at once, and what is raised here names
+the one that was first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from elision.errors import InputError
+from elision.spd.runtimes.ranks import RankLostError
+
+
+def started() -> bool:
+    """Whether torchrun has started this process, so that it is a rank."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process speaks for its run: rank 0, or the command that starts the ranks."""
+    return not started() or os.environ.get("RANK", "0") == "0"
+
+
+def launch(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
+    """Run `body(*arguments)` in `ranks` processes of this machine and return what rank 0's returned.
+
+    Args:
+        ranks: how many processes.
+        body: a function of a module, so that the processes can import it.
+        arguments: what pickle can carry.
+
+    Raises:
+        InputError: a rank refused its input.
+        RankLostError: a rank died or failed; the sentence names it.
+    """
+    if started():
+        return body(*arguments)
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="elision-ranks-") as logs, _quiet():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+        )
+        try:
+            return elastic_launch(config, _rank)(ranks, body, *arguments)[0]
+        except ChildFailedError as error:
+            raise _blamed(*error.get_first_failure()) from None
+
+
+def _rank(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
+    """One process: its share of the machine's cores, the loopback for gloo, and the body."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    result = body(*arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return result
+
+
+def _blamed(rank: int, failure: Any) -> Exception:
+    """What to raise for the rank that failed first."""
+    told = failure.error_file_data.get("message")
+    text = told.get("message", "") if isinstance(told, dict) else ""
+    kind, _, words = text.partition(": ")
+    if kind == InputError.__name__:
+        return InputError(words)
+    if kind == RankLostError.__name__:
+        return RankLostError(words)
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        return RankLostError(f"rank {rank} was killed by {name}; the other ranks were ended: start the command again")
+    return RankLostError(f"rank {rank} stopped with {text or f'exit code {failure.exitcode}'}; the others were ended")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the launcher from reporting in its own words what is raised in ours."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
