@@ -19,7 +19,7 @@ def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
         InputError: no such model, an unsupported family, weights that are missing or truncated, no tokenizer.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r} is not known: use {', '.join(_DTYPES)}")
@@ -33,11 +33,21 @@ def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise InputError(
             f"weights of model {source} cannot be read ({_line(error)}): fetch or save it again"
         ) from error
+    return model, load_tokenizer(source)
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a directory, a Hugging Face id or "reference".
+
+    Raises:
+        InputError: there is none, or one that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
+        return AutoTokenizer.from_pretrained(model_path(source))
+    except Exception as error:  # as above
         raise InputError(f"tokenizer of model {source} cannot be read ({_line(error)}): save it beside it") from error
-    return model, tokenizer
 
 
 def load_adapter(model: Any, path: Path) -> Any:

@@ -8,16 +8,18 @@ same command serves several machines:
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --no-python elision spd probe
 
 The launcher watches its processes. When one dies or fails it ends the others at once, and what is raised here names
-the one that was first.
+the one that was first. Libraries are imported once, by a process that the ranks are forked from.
 """
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +29,8 @@ import torch
 
 from elision.errors import InputError
 from elision.spd.runtimes.ranks import RankLostError
+
+_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"  # the launcher sets it
 
 
 def started() -> bool:
@@ -53,11 +57,12 @@ def launch(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
     """
     if started():
         return body(*arguments)
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    with tempfile.TemporaryDirectory(prefix="elision-ranks-") as logs, _quiet():
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["elision.spd.runtimes.tasks"])
+    with tempfile.TemporaryDirectory(prefix="elision-ranks-") as logs, _contained():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -68,11 +73,16 @@ def launch(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
+            start_method="forkserver",
         )
         try:
             return elastic_launch(config, _rank)(ranks, body, *arguments)[0]
         except ChildFailedError as error:
             raise _blamed(*error.get_first_failure()) from None
+        except SignalException as error:  # the ranks are ended by now
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + error.sigval) from None
 
 
 def _rank(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
@@ -103,11 +113,19 @@ def _blamed(rank: int, failure: Any) -> Exception:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the launcher from reporting in its own words what is raised in ours."""
-    before = logging.root.manager.disable
+def _contained() -> Iterator[None]:
+    """Keep the launcher from reporting in its own words what is raised in ours, and undo what it leaves behind."""
+    level, variable = logging.root.manager.disable, os.environ.get(_SIGNALS)
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in names if main}
     logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(level)
+        for name, handler in handlers.items():
+            signal.signal(getattr(signal, name), handler)
+        os.environ.pop(_SIGNALS, None)
+        if variable is not None:
+            os.environ[_SIGNALS] = variable

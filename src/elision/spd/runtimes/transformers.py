@@ -52,6 +52,7 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     timeout: float = TIMEOUT,
+    drop: bool = True,
 ) -> PreTrainedModel:
     """Load this rank's share of a checkpoint, for inference, with its planned syncs dropped. Every rank calls this.
 
@@ -60,6 +61,7 @@ def load(
         plan: used where the checkpoint carries none, or instead of an untreated checkpoint's own.
         dtype: of the weights; "auto" keeps the checkpoint's.
         timeout: seconds that a rank waits for another within one all-reduce of the loaded model.
+        drop: whether the planned syncs are dropped now; `drop_syncs` does it later.
 
     Raises:
         InputError: no plan, or one that does not fit the model, the number of processes or the other ranks' plans.
@@ -67,7 +69,7 @@ def load(
     error: InputError | None = None
     config: Any = None
     try:
-        config, plan = _read(source, plan)
+        config, plan = planned(source, plan)
     except InputError as caught:  # the other ranks must hear of it: they wait for this one
         error = caught
     ranks.join()
@@ -77,7 +79,8 @@ def load(
     ranks.limit(timeout, *_groups(model))
     setattr(model, _LIMIT, timeout)
     setattr(model, _CORRECTIONS, corrections_of(source, plan))
-    drop_syncs(model, plan)
+    if drop:
+        drop_syncs(model, plan)
     return model
 
 
@@ -244,7 +247,12 @@ def _groups(model: PreTrainedModel) -> list[dist.ProcessGroup]:
     return [mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")]
 
 
-def _read(source: str | Path, plan: SyncPlan | None) -> tuple[PretrainedConfig, SyncPlan]:
+def planned(source: str | Path, plan: SyncPlan | None) -> tuple[PretrainedConfig, SyncPlan]:
+    """The config of what `load` would load, and the plan that it would run, without reading a weight.
+
+    Raises:
+        InputError: as `load` does, the number and plans of the other ranks aside.
+    """
     config = load_config(source)
     if plan is None:
         plan = plan_of(config, str(source))

@@ -1,0 +1,405 @@
+"""What dropped syncs save on real links: two ranks on this machine, over loopback and between network namespaces.
+
+    python benchmarks/tp_latency.py                       all links, about a quarter of an hour on four idle cores
+    python benchmarks/tp_latency.py --quick               a tiny model, few turns, to see that all of it runs
+    python benchmarks/tp_latency.py --out results.json    keep the JSON line in a file too
+
+A Llama of 42 M parameters in 12 blocks with random weights, fp32, gloo. A link of 10 Gbit, 1 Gbit or 200 Mbit is a
+pair of network namespaces joined by veth, each end behind `tc ... tbf`; that needs Linux, root and iproute2, and is
+skipped with a message where the kernel forbids it. Variants take turns, medians count:
+
+    single process      the whole model on one rank's core, no tensor parallelism
+    transformers        transformers' own tensor parallelism
+    all syncs           our runtime with an empty plan
+    plan                8 of the 12 blocks dropped
+    all dropped, int8   every block's first sync left out, or sent in int8
+    bare, bare dropped  a loop over torch.distributed with the same maths and nothing else around it
+
+`ideal` is what the dropped syncs cost: their number times one all-reduce of that size, measured cold between
+computation (elision.spd.runtimes.latency). `model` is the same by alpha and beta, fitted to all-reduces of other sizes
+(elision.spd.costs). Each rank has the cores of its share: its computing thread the first and gloo's loop thread the
+second. On a single core that thread starves for milliseconds behind the computation, so there it becomes SCHED_BATCH.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+from elision.blocks import decoder
+from elision.spd import SyncPlan
+from elision.spd.block import plain_block, shard, span, spd_block
+from elision.spd.costs import saving, treatments
+from elision.spd.int8 import all_reduce_on_rank
+from elision.spd.runtimes import latency
+from elision.spd.runtimes import transformers as runtime
+from elision.spd.runtimes.latency import Workload
+from elision.spd.simulate import local_block
+
+RANKS = 2
+RATES = {"loopback": None, "10gbit": 10_000_000_000, "1gbit": 1_000_000_000, "200mbit": 200_000_000}  # bits a second
+WORK = (Workload(1, 32, 24), Workload(8, 32, 24), Workload(1, 128), Workload(1, 512))
+QUICK = (Workload(1, 8, 2), Workload(2, 8))
+PLAN = SyncPlan(RANKS, tuple(range(1, 9)))
+BARS = {"decode, loopback": 0.18, "prefill 512, 1 Gbit": 0.28, "of the ideal": 0.95, "empty plan": 0.02}
+
+
+def config(quick: bool) -> LlamaConfig:
+    """The model's; 42 M parameters."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1376, "vocab_size": 8192}
+    if quick:
+        sizes = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 256}
+    return LlamaConfig(
+        **sizes,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
+
+
+# --- what a rank does ---------------------------------------------------------------------------------------------
+
+
+class Bare:
+    """The model on this rank as a plain loop: block.py's functions on contiguous shards, and an all-reduce."""
+
+    def __init__(self, model: Any, rank: int, reduce: Callable[[Tensor], Tensor], dropped: bool) -> None:
+        self.config, self.view, self.reduce = model.config, decoder(model), reduce
+        self.step = spd_block if dropped else plain_block
+        self.blocks = []
+        for block in self.view.blocks:
+            own = shard(rank, RANKS, block.heads, block.kv_heads, block.intermediate_size)
+            rows = span(own.heads, block.head_dim)  # as many key/value heads as heads
+            qkv = torch.cat([p.weight[rows] for p in (block.q, block.k, block.v)]).detach()
+            whole = local_block(block, rank, RANKS)
+            parts = {name: getattr(whole, name).detach().contiguous() for name in ("o", "up", "gate", "down")}
+            self.blocks.append((block, qkv, dataclasses.replace(whole, **parts)))
+
+    def __call__(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> SimpleNamespace:
+        """Logits of the last position, and keys and values of all so far."""
+        model: Any = self.view.model.base_model
+        x = model.embed_tokens(input_ids)
+        before = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        tokens = input_ids.shape[1]
+        cos, sin = (t.unsqueeze(1) for t in model.rotary_emb(x, torch.arange(before, before + tokens)[None]))
+        cache = []
+        for index, (block, qkv, local) in enumerate(self.blocks):
+            joined = F.linear(block.attention_norm(x), qkv).unflatten(-1, (3, -1, block.head_dim))
+            q, k, v = (t.transpose(1, 2) for t in joined.unbind(2))
+            q, k = (t * cos + torch.cat([-t.chunk(2, -1)[1], t.chunk(2, -1)[0]], -1) * sin for t in (q, k))
+            if past_key_values is not None:
+                k, v = (torch.cat(pair, 2) for pair in zip(past_key_values[index], (k, v), strict=True))
+            cache.append((k, v))
+            heads = F.scaled_dot_product_attention(q, k, v, is_causal=tokens > 1)
+            x = self.step(x, heads.transpose(1, 2).flatten(2), local, self.reduce)
+        return SimpleNamespace(logits=self.view.logits(x[:, -1:]), past_key_values=cache)
+
+
+def settle(rank: int) -> str:
+    """Keep gloo's loop thread from starving behind this rank's computation; say how."""
+    if not hasattr(os, "sched_setaffinity"):
+        return "left to the system"
+    cores = sorted(os.sched_getaffinity(0))
+    others = [int(task) for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
+    share = len(cores) // RANKS
+    own = cores[rank * share : (rank + 1) * share] or cores
+    if len(own) > 1:
+        os.sched_setaffinity(0, own[:1])
+        for thread in others:
+            os.sched_setaffinity(thread, own[1:])
+        return "a core each for computation and gloo's loop"
+    for thread in others:
+        os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+    return "one core, gloo's loop SCHED_BATCH"
+
+
+def rank_main(place: str, out: str, turns: int, quick: bool) -> None:
+    """One rank on one link: all variants in turns; rank 0 writes what it found."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    model = runtime.load(place, SyncPlan(RANKS), timeout=120.0, drop=False)
+    rank = dist.get_rank()
+    dist.all_reduce(torch.zeros(1))
+    threads = settle(rank)
+    own = AutoModelForCausalLM.from_pretrained(
+        place, distributed_config=DistributedConfig(tp_size=RANKS, tp_plan="auto"), dtype=torch.float32
+    )
+    whole = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
+    everything = tuple(range(layers))
+
+    def reduce(share: Tensor) -> Tensor:
+        dist.all_reduce(share)
+        return share
+
+    def alone(workload: Workload) -> list[float]:
+        took = latency.timed(whole, workload) if rank == 0 else []
+        dist.barrier()
+        return took
+
+    plans = {"all syncs": SyncPlan(RANKS), "plan": PLAN}
+    plans |= {"all dropped": SyncPlan(RANKS, everything), "int8": SyncPlan(RANKS, int8=everything)}
+    variants: dict[str, Callable[[Workload], list[float]]] = {
+        "single process": alone,
+        "transformers": lambda workload: latency.timed(own, workload),
+        **{name: latency.under(model, plan) for name, plan in plans.items()},
+    }
+    for name, dropped in (("bare", False), ("bare dropped", True)):
+        bare = Bare(whole, rank, reduce, dropped)
+        with torch.no_grad():
+            ids = torch.arange(3, 19)[None]
+            with runtime.drop_syncs(model, plans["all dropped" if dropped else "all syncs"]):
+                expected = model(ids).logits[:, -1:]
+            torch.testing.assert_close(bare(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        variants[name] = lambda workload, bare=bare: latency.timed(bare, workload)
+    work = QUICK if quick else WORK
+    times = latency.compare(variants, work, turns)
+    link, _ = latency.probe(turns=5 if quick else 30)
+
+    def int8_sync(tensor: Tensor) -> Tensor:
+        return all_reduce_on_rank(tensor, rank, RANKS, all_to_all, all_gather)
+
+    rows = []
+    for workload in work:
+        repeats = 5 if quick else 50
+        sync = latency.cold_all_reduce(4 * hidden * workload.passing, repeats)
+        message = torch.randn(workload.passing, hidden)
+        int8 = latency.cold(lambda message=message: int8_sync(message), repeats)
+        took = {name: statistics.median(seconds) for name, seconds in times[workload.name].items() if seconds}
+        base = took.get("all syncs", float("nan"))
+        bare = took.get("bare", float("nan"))
+        for name, seconds in took.items():
+            plan = plans.get(name, plans["all dropped"] if name == "bare dropped" else plans["all syncs"])
+            reference = bare if name.startswith("bare") else base
+            quartiles = statistics.quantiles(times[workload.name][name], n=4, method="inclusive")
+            rows.append(
+                {
+                    "workload": workload.name,
+                    "variant": name,
+                    "ms": 1e3 * seconds,
+                    "quartiles_ms": [1e3 * quartiles[0], 1e3 * quartiles[2]],
+                    "saved_ms": 1e3 * (reference - seconds),
+                    "saved": 1 - seconds / reference,
+                    "all_reduce_ms": 1e3 * (int8 if plan.int8 else sync),
+                    "ideal_ms": 1e3 * (len(plan.dropped) * sync + len(plan.int8) * (sync - int8)),
+                    "model_ms": 1e3 * saving(treatments(plan, layers), link, hidden, workload.passing, width=4).seconds,
+                }
+            )
+    if rank == 0:
+        found = {
+            "threads": threads,
+            "alpha_us": 1e6 * link.alpha,
+            "gbytes_per_s": 1e-9 / link.beta if link.beta else None,
+        }
+        Path(out).write_text(json.dumps({**found, "rows": rows}), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def all_to_all(messages: Tensor) -> Tensor:
+    """As int8's exchange wants it."""
+    received = torch.empty_like(messages)
+    dist.all_to_all_single(received, messages)
+    return received
+
+
+def all_gather(message: Tensor) -> Tensor:
+    """Likewise."""
+    everyone = message.new_empty((RANKS, *message.shape))
+    dist.all_gather(list(everyone.unbind()), message)
+    return everyone
+
+
+# --- links ---------------------------------------------------------------------------------------------------------
+
+
+class LinkRefused(RuntimeError):
+    """This machine cannot make the link; the message says why."""
+
+
+@contextmanager
+def joined(rate: int | None) -> Iterator[list[tuple[list[str], dict[str, str]]]]:
+    """For each rank, what its command begins with and its environment, on a link of `rate` bits a second."""
+    if rate is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        yield [([], address) for _ in range(RANKS)]
+        return
+    if shutil.which("ip") is None or shutil.which("tc") is None:
+        raise LinkRefused("ip and tc are missing: install iproute2")
+    names = [f"elision-{os.getpid()}-{end}" for end in range(RANKS)]
+    burst = max(65_536, rate // 8 // 1000)  # what goes out in a millisecond
+    try:
+        for name in names:
+            _do("ip", "netns", "add", name)
+        _do("ip", "link", "add", "veth0", "netns", names[0], "type", "veth", "peer", "name", "veth1", "netns", names[1])
+        for end, name in enumerate(names):
+            inside = ("ip", "netns", "exec", name)
+            _do(*inside, "ip", "address", "add", f"10.77.0.{end + 1}/24", "dev", f"veth{end}")
+            _do(*inside, "ip", "link", "set", "lo", "up")
+            _do(*inside, "ip", "link", "set", f"veth{end}", "up")
+            shape = ("rate", f"{rate}bit", "burst", str(burst), "latency", "500ms")
+            _do(*inside, "tc", "qdisc", "add", "dev", f"veth{end}", "root", "tbf", *shape)
+        address = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}
+        yield [
+            (["ip", "netns", "exec", name], {**address, "GLOO_SOCKET_IFNAME": f"veth{end}"})
+            for end, name in enumerate(names)
+        ]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def _do(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LinkRefused(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
+
+
+def measure(place: str, name: str, turns: int, quick: bool) -> dict[str, Any]:
+    """Start the ranks on a link, wait, and give what rank 0 found.
+
+    Raises:
+        LinkRefused: the link cannot be made here.
+    """
+    with joined(RATES[name]) as ends, tempfile.TemporaryDirectory() as room:
+        out = str(Path(room) / "out.json")
+        ranks = []
+        for rank, (prefix, address) in enumerate(ends):
+            environment = os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+            environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            command = [*prefix, sys.executable, __file__, "--rank-of", place, "--rank-out", out, "--turns", str(turns)]
+            ranks.append(subprocess.Popen([*command, *(["--quick"] if quick else [])], env=environment))
+        try:
+            codes = [process.wait() for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        if any(codes):
+            raise SystemExit(f"a rank failed on {name}: exit codes {codes}")
+        return {"link": name, **json.loads(Path(out).read_text(encoding="utf-8"))}
+
+
+# --- what is shown -------------------------------------------------------------------------------------------------
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """One link's table."""
+    rate = found["gbytes_per_s"]
+    title = (
+        f"{found['link']}: alpha {found['alpha_us']:.0f} us, {rate:.3g} GB/s; {found['threads']}"
+        if rate
+        else found["link"]
+    )
+    table = Table(title=title)
+    for head in ("workload", "variant", "ms", "quartiles", "saved", "saved ms", "ideal ms", "model ms", "one sync ms"):
+        table.add_column(head, justify="left" if head in ("workload", "variant") else "right")
+    for row in found["rows"]:
+        low, high = row["quartiles_ms"]
+        cells = [row["workload"], row["variant"], f"{row['ms']:.2f}", f"{low:.2f} to {high:.2f}"]
+        plain = row["variant"] in ("single process", "transformers", "all syncs", "bare")
+        saved = [f"{row['saved_ms']:.2f}", f"{row['ideal_ms']:.2f}", f"{row['model_ms']:.2f}"]
+        table.add_row(*cells, f"{row['saved']:.1%}", *(["", "", ""] if plain else saved), f"{row['all_reduce_ms']:.3f}")
+    console.print(table)
+
+
+def verdicts(links: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each bar with what was measured; a saving is held against the ideal where that exceeds the noise."""
+    by = {(f["link"], row["workload"], row["variant"]): row for f in links for row in f["rows"]}
+    found = []
+
+    def bar(name: str, value: float, limit: float, least: bool = True) -> None:
+        found.append({"bar": name, "value": value, "limit": limit, "met": value >= limit if least else value <= limit})
+
+    for (link, workload, variant), row in by.items():
+        if variant == "all dropped" and link == "loopback" and workload.startswith("decode"):
+            bar(f"all dropped, {workload}, {link}", row["saved"], BARS["decode, loopback"])
+        if variant == "all dropped" and link == "1gbit" and workload.startswith("prefill 512"):
+            bar(f"all dropped, {workload}, {link}", row["saved"], BARS["prefill 512, 1 Gbit"])
+        if variant in ("plan", "all dropped"):
+            noise = row["quartiles_ms"][1] - row["quartiles_ms"][0]
+            if row["ideal_ms"] > noise:
+                share = row["saved_ms"] / row["ideal_ms"]
+                bar(f"of the ideal: {variant}, {workload}, {link}", share, BARS["of the ideal"])
+        if variant == "transformers":
+            over = by[link, workload, "all syncs"]["ms"] / row["ms"] - 1
+            bar(f"empty plan over transformers, {workload}, {link}", over, BARS["empty plan"], least=False)
+    return found
+
+
+def main() -> None:
+    """Measure link by link; tables, bars, one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--links", default=",".join(RATES), help=f"of {', '.join(RATES)}; comma-separated")
+    parser.add_argument("--turns", type=int, default=15, help="turns of each variant")
+    parser.add_argument("--out", type=Path, help="file for the JSON line")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, two turns")
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("--rank-out", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    turns = 2 if given.quick else given.turns
+    if given.rank_of:
+        return rank_main(given.rank_of, given.rank_out, turns, given.quick)
+    if unknown := [name for name in given.links.split(",") if name not in RATES]:
+        parser.error(f"--links {unknown[0]} is not known: use {', '.join(RATES)}")
+    console = Console(width=150)
+    links = []
+    with tempfile.TemporaryDirectory() as place:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config(given.quick))
+        parameters = model.num_parameters()
+        model.save_pretrained(place)
+        for name in given.links.split(","):
+            try:
+                links.append(measure(place, name, turns, given.quick))
+            except LinkRefused as refused:
+                console.print(f"{name} skipped: {refused}")
+                continue
+            show(links[-1], console)
+    bars = verdicts(links)
+    for each in bars:
+        console.print(
+            f"{'met ' if each['met'] else 'MISSED'}  {each['bar']}: {each['value']:.1%} ({each['limit']:.0%})"
+        )
+    about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
+    about |= {"torch": torch.__version__, "parameters": parameters, "quick": given.quick, "turns": turns}
+    line = json.dumps({"benchmark": "tp_latency", **about, "bars": bars, "links": links})
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(line + "\n", encoding="utf-8")
+    print(line)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Commands start their own ranks: results, refusals, lost ranks, and text equal to the simulation's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from elision.cli import app
+from elision.errors import InputError
+from elision.loading import load_model
+from elision.spd import SyncPlan, simulate
+from elision.spd.runtimes import tasks
+from elision.spd.runtimes.latency import Workload
+from elision.spd.runtimes.launch import launch
+from elision.spd.runtimes.ranks import RankLostError
+from tests.spd import launched
+from tests.spd.served import checkpoint
+
+SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_ranks_compute_together_and_rank_0_answers():
+    before = signal.getsignal(signal.SIGTERM), logging.root.manager.disable, dict(os.environ)
+    assert launch(2, launched.add_up, "well") == [3.0]
+    assert (signal.getsignal(signal.SIGTERM), logging.root.manager.disable, dict(os.environ)) == before
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "sentence"),
+    [
+        ("refused", InputError, "value 7 is odd: give an even one"),
+        ("failed", RankLostError, "rank 1 stopped with MemoryError: no room; the others were ended"),
+    ],
+)
+def test_what_goes_wrong_in_a_rank_is_raised_here(how, kind, sentence):
+    with pytest.raises(kind) as raised:
+        launch(2, launched.add_up, how)
+    assert str(raised.value) == sentence
+
+
+def test_a_rank_killed_in_mid_generation_ends_the_others_and_is_named(tmp_path):
+    place = checkpoint(tmp_path / "model", "llama", SyncPlan(2, (0, 1, 2)), **SIZES)
+    start = time.monotonic()
+    with pytest.raises(RankLostError, match="rank 1 was killed by SIGKILL; the other ranks were ended"):
+        launch(2, launched.die, place)
+    assert time.monotonic() - start < 120  # mostly loading; the others are ended within the launcher's first look
+
+
+def test_a_process_of_torchrun_is_a_rank_and_starts_no_other(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some run")
+    assert launch(2, int, "7") == 7
+
+
+def test_bench_times_every_variant_in_turns(tmp_path):
+    place = checkpoint(tmp_path / "model", "llama", SyncPlan(2, (1,)), **SIZES)
+    work = [Workload(1, 8, 2), Workload(2, 8)]
+    rows = launch(2, tasks.bench, place, SyncPlan(2, (1,)), work, 2, "auto")
+    variants = ["all syncs", "plan", "all dropped", "all in int8"]
+    assert [(row["workload"], row["variant"]) for row in rows] == [(w.name, v) for w in work for v in variants]
+    for row in rows:
+        assert row["ms"] > 0 and row["all_reduce_ms"] > 0
+        assert (row["ideal_ms"] is None) == (row["variant"] == "all in int8")
+    one, three = (rows[0]["ms"] - row["ideal_ms"] for row in rows[1:3])
+    assert three == pytest.approx(3 * one)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user starts it."""
+    code = "from elision.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300)
+
+
+def test_the_generate_command_gives_the_simulations_text(tmp_path):
+    plan = SyncPlan(2, (0, 1), int8=(3,))
+    model, tokenizer = load_model("reference")
+    prompt = "def main("
+    with torch.no_grad(), simulate(model, plan):
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    plan.save(tmp_path / "plan.json")
+    words = ("spd", "generate", "reference", "--plan", str(tmp_path / "plan.json"), "--prompt", prompt)
+    result = run(*words, "--new-tokens", "12", "--dtype", "float32", "--timeout", "60", "--json")
+    assert result.returncode == 0, result.stderr
+    shown = json.loads(result.stdout)
+    assert shown["texts"] == [tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)]
+    assert (shown["ranks"], shown["dropped"]) == (2, [0, 1])
+
+
+def test_the_probe_command_fits_a_link(tmp_path):
+    out = tmp_path / "link.json"
+    result = CliRunner().invoke(app, ["spd", "probe", "--turns", "3", "--out", str(out), "--json"])
+    found = json.loads(result.stdout)
+    assert found == json.loads(out.read_text())
+    assert found["ranks"] == 2 and found["alpha"] >= 0 and found["beta"] >= 0
+    assert len(found["all_reduces"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["generate", "reference", "--prompt", "x"], "reference carries no spd_plan"),
+        (["bench", "reference", "--ranks", "3"], "ranks=3 cannot share this model"),
+        (["bench", "nowhere", "--ranks", "2"], "model 'nowhere' is not a directory"),
+        (["bench", "reference", "--ranks", "2", "--plan", "p.json"], "--ranks 2 is given beside --plan"),
+        (["generate", "reference", "--ranks", "2", "--prompt", "x", "--dtype", "int3"], "dtype 'int3' is not known"),
+    ],
+)
+def test_bad_input_is_refused_before_a_rank_is_started(words, sentence, monkeypatch):
+    monkeypatch.setattr("elision.spd.runtimes.launch.launch", None)
+    result = CliRunner().invoke(app, ["spd", *words])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and sentence in line
