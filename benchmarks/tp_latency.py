@@ -3,6 +3,7 @@
     python benchmarks/tp_latency.py                       all links, about a quarter of an hour on four idle cores
     python benchmarks/tp_latency.py --quick               a tiny model, few turns, to see that all of it runs
     python benchmarks/tp_latency.py --out results.json    keep the JSON line in a file too
+    python benchmarks/tp_latency.py --vllm PYTHON         all-reduces in vLLM's shared memory too, in that environment
 
 A Llama of 42 M parameters in 12 blocks with random weights, fp32, gloo. A link of 10 Gbit, 1 Gbit or 200 Mbit is a
 pair of network namespaces joined by veth, each end behind `tc ... tbf`; that needs Linux, root and iproute2, and is
@@ -224,6 +225,30 @@ def rank_main(place: str, out: str, turns: int, quick: bool) -> None:
     dist.destroy_process_group()
 
 
+def shared_memory_main(out: str, quick: bool) -> None:
+    """One rank in vLLM's environment: its shared-memory all-reduce, cold, at every workload's size."""
+    import vllm._C  # noqa: F401, registers the operations
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    dist.all_reduce(torch.zeros(1))
+    settle(rank)
+    handle = torch.ops._C.init_shm_manager("elision-tp-latency", RANKS, rank, 1)
+    dist.barrier()
+    torch.ops._C.join_shm_manager(handle, "elision-tp-latency")
+    dist.barrier()
+    rows = []
+    for workload in QUICK if quick else WORK:
+        tensor = torch.zeros(workload.passing, config(quick).hidden_size)
+        took = latency.cold(lambda tensor=tensor: torch.ops._C.shm_allreduce(handle, tensor), 5 if quick else 50)
+        rows.append({"workload": workload.name, "all_reduce_ms": 1e3 * took})
+    if rank == 0:
+        Path(out).write_text(json.dumps(rows), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def all_to_all(messages: Tensor) -> Tensor:
     """As int8's exchange wants it."""
     received = torch.empty_like(messages)
@@ -292,22 +317,28 @@ def measure(place: str, name: str, turns: int, quick: bool) -> dict[str, Any]:
     Raises:
         LinkRefused: the link cannot be made here.
     """
-    with joined(RATES[name]) as ends, tempfile.TemporaryDirectory() as room:
+    with joined(RATES[name]) as ends:
+        return {"link": name, **run(ends, sys.executable, ["--rank-of", place, "--turns", str(turns)], quick)}
+
+
+def run(ends: list[tuple[list[str], dict[str, str]]], python: str, options: list[str], quick: bool) -> Any:
+    """Start this program in every rank and wait; what rank 0 wrote."""
+    with tempfile.TemporaryDirectory() as room:
         out = str(Path(room) / "out.json")
+        command = [python, __file__, *options, "--rank-out", out, *(["--quick"] if quick else [])]
         ranks = []
         for rank, (prefix, address) in enumerate(ends):
             environment = os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
             environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            command = [*prefix, sys.executable, __file__, "--rank-of", place, "--rank-out", out, "--turns", str(turns)]
-            ranks.append(subprocess.Popen([*command, *(["--quick"] if quick else [])], env=environment))
+            ranks.append(subprocess.Popen([*prefix, *command], env=environment))
         try:
             codes = [process.wait() for process in ranks]
         finally:
             for process in ranks:
                 process.kill()
         if any(codes):
-            raise SystemExit(f"a rank failed on {name}: exit codes {codes}")
-        return {"link": name, **json.loads(Path(out).read_text(encoding="utf-8"))}
+            raise SystemExit(f"a rank failed: {' '.join(command)}: exit codes {codes}")
+        return json.loads(Path(out).read_text(encoding="utf-8"))
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------
@@ -364,12 +395,16 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15, help="turns of each variant")
     parser.add_argument("--out", type=Path, help="file for the JSON line")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two turns")
+    parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("--shared-memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rank-out", help=argparse.SUPPRESS)
     given = parser.parse_args()
     turns = 2 if given.quick else given.turns
     if given.rank_of:
         return rank_main(given.rank_of, given.rank_out, turns, given.quick)
+    if given.shared_memory:
+        return shared_memory_main(given.rank_out, given.quick)
     if unknown := [name for name in given.links.split(",") if name not in RATES]:
         parser.error(f"--links {unknown[0]} is not known: use {', '.join(RATES)}")
     console = Console(width=150)
@@ -386,6 +421,12 @@ def main() -> None:
                 console.print(f"{name} skipped: {refused}")
                 continue
             show(links[-1], console)
+    shared = None
+    if given.vllm:
+        with joined(None) as ends:
+            shared = run(ends, given.vllm, ["--shared-memory"], given.quick)
+        for row in shared:
+            console.print(f"vLLM's shared memory, {row['workload']}: one all-reduce {row['all_reduce_ms']:.3f} ms")
     bars = verdicts(links)
     for each in bars:
         console.print(
@@ -393,7 +434,7 @@ def main() -> None:
         )
     about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
     about |= {"torch": torch.__version__, "parameters": parameters, "quick": given.quick, "turns": turns}
-    line = json.dumps({"benchmark": "tp_latency", **about, "bars": bars, "links": links})
+    line = json.dumps({"benchmark": "tp_latency", **about, "bars": bars, "links": links, "vllm": shared})
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(line + "\n", encoding="utf-8")
