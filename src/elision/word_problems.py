@@ -4,13 +4,14 @@ Every problem states many facts about many people and asks about a few of them, 
 without the context; the numbers are drawn anew each time, so that no answer is more than a few per cent likely.
 `FAMILIES` is what the embedded model is trained on, `NEW_FAMILIES` what it has never seen and is fine-tuned on.
 
-Two things are held out of the "train" split: every combination of deciding numbers that falls in one residue class out
-of five, which the "test" split is made of; and the last phrasing of every sentence, which "rephrased" uses on top.
+Two things are held out of the "train" split: one combination of deciding numbers in five, by its hash, which the
+"test" split is made of; and the last phrasing of every sentence, which "rephrased" uses on top.
 """
 
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -68,11 +69,17 @@ class _Writer:
         pool = phrasings[-held_out:] if self.split == "rephrased" else phrasings[:-held_out]
         return self.rng.choice(pool).format(**slots)
 
-    def numbers(self, *ranges: tuple[int, int], where: Callable[..., bool] = lambda *_: True) -> tuple[int, ...]:
-        """One number per inclusive range, satisfying `where` and belonging to this split."""
+    def numbers(
+        self, *ranges: tuple[int, int], of: str = "", where: Callable[..., bool] = lambda *_: True
+    ) -> list[int]:
+        """One number per inclusive range, satisfying `where` and, together with whose they are, of this split.
+
+        The hash mixes all digits: held out are combinations, never a number, a digit or a pair of last digits, which
+        nobody could then learn to add.
+        """
         while True:
-            drawn = tuple(self.rng.randint(low, high) for low, high in ranges)
-            held_out = sum((31, 17, 13)[i] * n for i, n in enumerate(drawn)) % 5 == 0
+            drawn = [self.rng.randint(low, high) for low, high in ranges]
+            held_out = zlib.crc32(f"{of} {drawn}".encode()) % 5 == 0
             if where(*drawn) and held_out == (self.split != "train"):
                 return drawn
 
@@ -108,8 +115,8 @@ class _Writer:
 
 
 def _lookup(w: _Writer) -> Problem:
-    (n,) = w.numbers((2, 40))
     a, thing = w.people[0], w.things[0]
+    (n,) = w.numbers((2, 40), of=a)
     facts = [w.possession(a, n, thing)]
     noise = w.distractors(w.people[1:], 10)
     question = w.phrase(
@@ -123,54 +130,46 @@ def _lookup(w: _Writer) -> Problem:
     return Problem("lookup", w.place(facts, noise), question, f"{a} has {n} {thing}. #### {n}", str(n))
 
 
-def _gain(w: _Writer) -> Problem:
-    n, k = w.numbers((2, 40), (2, 20))
+def _change(w: _Writer, family: str, sign: int, *events: str) -> Problem:
+    n, k = w.numbers((4, 40), (2, 20), where=lambda n, k: n + sign * k > 0)
     a, thing = w.people[0], w.things[0]
-    event = w.phrase(
+    noise = w.distractors(w.people[1:], 9)
+    event = w.phrase(*events, a=a, k=k, t=thing)
+    question = w.phrase(
+        "How many {t} does {a} have now?",
+        "After that, how many {t} does {a} have?",
+        "What is the number of {t} that {a} has in the end?",
+        "In the end, how many {t} does {a} have?",
+        a=a,
+        t=thing,
+    )
+    end = n + sign * k
+    text = f"{a} had {n} {thing}. {n} {'+' if sign > 0 else '-'} {k} = {end}. #### {end}"
+    return Problem(family, w.place([w.possession(a, n, thing), event], noise), question, text, str(end))
+
+
+def _gain(w: _Writer) -> Problem:
+    return _change(
+        w,
+        "gain",
+        1,
         "Then {a} finds {k} more {t}.",
         "Later {a} gets {k} more {t}.",
         "{a} buys another {k} {t}.",
         "Later {a} buys {k} more {t}.",
-        a=a,
-        k=k,
-        t=thing,
     )
-    noise = w.distractors(w.people[1:], 9)
-    question = w.phrase(
-        "How many {t} does {a} have now?",
-        "After that, how many {t} does {a} have?",
-        "What is the number of {t} that {a} has in the end?",
-        "In the end, how many {t} does {a} have?",
-        a=a,
-        t=thing,
-    )
-    facts = w.place([w.possession(a, n, thing), event], noise)
-    return Problem("gain", facts, question, f"{a} had {n} {thing}. {n} + {k} = {n + k}. #### {n + k}", str(n + k))
 
 
 def _loss(w: _Writer) -> Problem:
-    n, k = w.numbers((4, 40), (2, 20), where=lambda n, k: n > k)
-    a, thing = w.people[0], w.things[0]
-    event = w.phrase(
+    return _change(
+        w,
+        "loss",
+        -1,
         "Then {a} loses {k} {t}.",
         "Later {a} gives {k} {t} away.",
         "{a} sells {k} {t}.",
         "Later {a} loses {k} {t}.",
-        a=a,
-        k=k,
-        t=thing,
     )
-    noise = w.distractors(w.people[1:], 9)
-    question = w.phrase(
-        "How many {t} does {a} have now?",
-        "After that, how many {t} does {a} have?",
-        "What is the number of {t} that {a} has in the end?",
-        "In the end, how many {t} does {a} have?",
-        a=a,
-        t=thing,
-    )
-    facts = w.place([w.possession(a, n, thing), event], noise)
-    return Problem("loss", facts, question, f"{a} had {n} {thing}. {n} - {k} = {n - k}. #### {n - k}", str(n - k))
 
 
 def _sum(w: _Writer) -> Problem:
@@ -243,9 +242,9 @@ def _relation(w: _Writer) -> Problem:
 
 
 def _price(w: _Writer) -> Problem:
-    p, c = w.numbers((2, 19), (2, 5))
+    p, c = w.numbers((3, 40), (2, 3))
     a, thing = w.people[0], w.things[0]
-    prices = [(thing, p)] + [(other, w.rng.randint(2, 19)) for other in w.things[1:]]
+    prices = [(thing, p)] + [(other, w.rng.randint(3, 40)) for other in w.things[1:]]
     noise = [
         w.phrase(
             "One of the {t} costs {p} dollars.",
@@ -275,7 +274,8 @@ def _price(w: _Writer) -> Problem:
         "How many dollars does {a} have to pay?",
         a=a,
     )
-    text = f"{a} takes {c} {thing}. They cost {p} dollars each. {p} * {c} = {p * c}. #### {p * c}"
+    sums = " ".join(f"{p * times} + {p} = {p * (times + 1)}." for times in range(1, c))
+    text = f"{a} takes {c} {thing}. They cost {p} dollars each. {sums} #### {p * c}"
     facts = [order, cost]
     w.rng.shuffle(facts)
     return Problem("price", w.place(facts, noise), question, text, str(p * c))

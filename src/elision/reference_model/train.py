@@ -1,9 +1,10 @@
 """Train the embedded model: `python -m elision.reference_model.train`.
 
 Llama architecture, 7.5 M parameters, trained in bf16 (fp32 master weights) on the standard library's sources, loss on
-every token, and on word problems, loss on the solution alone. Every micro-batch is a function of (seed, step, number),
-so a killed run resumes to what it would have been, and the work divides over processes without changing the data.
-On CPU small operators do not scale over threads, so each core gets a process of its own.
+every token, and on word problems, loss on the solution alone; Muon for the matrices inside the blocks, AdamW for the
+rest. Every micro-batch is a function of (seed, step, number), so a killed run resumes to what it would have been, and
+the work divides over processes without changing the data. On CPU small operators do not scale over threads, so each
+core gets a process of its own.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ from elision.word_problems import FAMILIES, problem, problems
 
 RECIPE: dict[str, Any] = {
     "seed": 0,
-    # Pages of problems by steps: at first long ones, from which the model learned names and operators but not which
-    # number belongs to whom; then short ones, which teach that; then all lengths (docs/lab-notes.md).
+    # Pages of problems by steps: short ones teach whose number it is, long ones to find it among many
+    # (docs/lab-notes.md).
     "phases": [
-        {"until": 700, "distractors": [3, 10], "rows": [8, 176]},
-        {"until": 850, "distractors": [0, 3], "rows": [16, 96]},
-        {"until": 1400, "distractors": [0, 10], "rows": [8, 176]},
+        {"until": 400, "distractors": [0, 3], "rows": [24, 104]},
+        {"until": 600, "distractors": [0, 6], "rows": [18, 136]},
+        {"until": 800, "distractors": [0, 10], "rows": [12, 176]},
     ],
     "micro_batches": {"problems": 8, "library": 4},  # per step, over all processes
     "library_rows": [4, 384],  # rows, tokens
-    "learning_rate": 2e-3,
+    "learning_rate": {"muon": 4e-3, "adamw": 2e-3},  # matrices inside the blocks; embeddings and norms
+    "momentum": 0.95,
     "betas": [0.9, 0.95],
     "weight_decay": 0.1,
     "warmup_steps": 60,
@@ -134,11 +136,24 @@ def loss_of(model: LlamaForCausalLM, body: Callable[..., Any], ids: Tensor, labe
     return nn.functional.cross_entropy(logits.float(), labels[:, 1:][kept])
 
 
-def learning_rate(step: int) -> float:
-    """Linear warmup, constant, linear decay to zero over the last steps."""
+def schedule(step: int) -> float:
+    """Share of the peak learning rate: linear warmup, constant, linear decay to zero over the last steps."""
     rise = (step + 1) / RECIPE["warmup_steps"]
     fall = (RECIPE["phases"][-1]["until"] - step) / RECIPE["decay_steps"]
-    return RECIPE["learning_rate"] * min(1.0, rise, fall)
+    return min(1.0, rise, fall)
+
+
+def optimizers(model: LlamaForCausalLM) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings and norms."""
+    inner = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name]
+    embeddings = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers" not in name]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    rates, decay = RECIPE["learning_rate"], RECIPE["weight_decay"]
+    muon = torch.optim.Muon(
+        inner, rates["muon"], decay, RECIPE["momentum"], nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )
+    groups = [{"params": embeddings, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}]
+    return {"muon": muon, "adamw": torch.optim.AdamW(groups, lr=rates["adamw"], betas=tuple(RECIPE["betas"]))}
 
 
 def train(rank: int, processes: int, out: str, stop_after: int, compiled: bool) -> None:
@@ -152,10 +167,7 @@ def train(rank: int, processes: int, out: str, stop_after: int, compiled: bool) 
     attention = "plain" if device == "cpu" else "sdpa"
     model: Any = LlamaForCausalLM._from_config(LlamaConfig(**CONFIG), attn_implementation=attention)
     model.to(device)
-    decay = [p for p in model.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": decay, "weight_decay": RECIPE["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RECIPE["learning_rate"], betas=tuple(RECIPE["betas"]))
+    stepped = optimizers(model)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     library = torch.load(f"{out}/library.pt")
     first = 0
@@ -163,7 +175,8 @@ def train(rank: int, processes: int, out: str, stop_after: int, compiled: bool) 
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, optimizer in stepped.items():
+            optimizer.load_state_dict(state[name])
         first = state["step"]
     body: Callable[..., Any] = torch.compile(model.model, dynamic=False) if compiled else model.model
     steps = RECIPE["phases"][-1]["until"]
@@ -175,8 +188,9 @@ def train(rank: int, processes: int, out: str, stop_after: int, compiled: bool) 
         task = progress.add_task("training", total=end, completed=first)
         for step in range(first, end):
             started = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step)
+            for name, optimizer in stepped.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = RECIPE["learning_rate"][name] * schedule(step)
             losses = torch.zeros(2)
             for number in range(rank, total, processes):
                 is_problem = number < counts["problems"]
@@ -197,8 +211,9 @@ def train(rank: int, processes: int, out: str, stop_after: int, compiled: bool) 
                         offset += p.numel()
                 losses = flat[offset:]
             nn.utils.clip_grad_norm_(model.parameters(), RECIPE["clip"])
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in stepped.values():
+                optimizer.step()
+                optimizer.zero_grad()
             if rank == 0:
                 row = {
                     "step": step,
@@ -209,8 +224,9 @@ def train(rank: int, processes: int, out: str, stop_after: int, compiled: bool) 
                 with open(f"{out}/log.jsonl", "a") as log:
                     log.write(json.dumps(row) + "\n")
                 progress.update(task, completed=step + 1, description=f"loss {row['problems']} {row['library']}")
-                if (step + 1) % 100 == 0 or step + 1 == end:
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                if (step + 1) % 50 == 0 or step + 1 == end:
+                    state = {name: optimizer.state_dict() for name, optimizer in stepped.items()}
+                    state |= {"model": model.state_dict(), "step": step + 1}
                     files.write(checkpoint, lambda path, state=state: torch.save(state, path))
     if rank == 0 and end == steps:
         exported = model.to(torch.bfloat16)
