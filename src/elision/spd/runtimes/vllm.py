@@ -83,7 +83,7 @@ def register() -> None:
     A vLLM that lacks what this needs goes on without it: it serves all other models, and refuses ours by their names.
     """
     try:
-        from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+        from vllm import ModelRegistry  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         logger.warning("no checkpoint with a plan can be served by this vLLM (%s): use vLLM %s", error, TESTED)
