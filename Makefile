@@ -5,7 +5,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 export PYTHON
 
-.PHONY: help demo test test-vllm lint types format constraints setup setup-dev clean
+.PHONY: help demo test test-vllm docs lint types format constraints setup setup-dev clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -20,6 +20,9 @@ test: setup-dev ## the whole test suite
 test-vllm: ## the plugin in a real vLLM with two CPU workers, in an environment of its own (.venv-vllm, 3.5 GB)
 	@scripts/setup_vllm.sh
 	.venv-vllm/bin/python -m pytest -o filterwarnings=default tests_vllm $(ARGS)
+
+docs: setup-dev ## the documentation, into site/; a broken link or an unknown name fails
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: setup-dev ## style and common mistakes
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 # Make .venv hold this checkout and its dependencies at the versions of constraints.txt.
 #
 #   scripts/setup.sh        what `elision` needs to run
-#   scripts/setup.sh dev    the test, lint and type tools too
+#   scripts/setup.sh dev    what tests, lint, types and documentation need too
 #
 # A marker inside .venv, written last, says what is installed and for which directory; a call that finds it up to date
 # does nothing. Where it is missing (first call, interrupted call) or names another directory (checkout moved), the
@@ -50,6 +50,6 @@ echo "Installing into .venv at the versions of constraints.txt (a few minutes th
 install=(.venv/bin/python -m pip install --disable-pip-version-check --retries 10 --constraint constraints.txt)
 [ -t 1 ] || install+=(--quiet) # a person sees the downloads move, a log only what went wrong
 "${install[@]}" hatchling editables # the build tools, pinned like the rest
-if [ "$what" = dev ]; then extras="[dev]"; else extras=; fi
+if [ "$what" = dev ]; then extras="[dev,docs,eval]"; else extras=; fi
 "${install[@]}" --no-build-isolation --editable ".$extras"
 echo "$versions $what $PWD" >"$marker"

@@ -59,7 +59,7 @@ def test_train_then_eval_with_the_adapter(tmp_path: Path, text: Path) -> None:
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert not (tmp_path / "adapter.training").exists()
     code, said, _ = run("eval", "reference", "--text", text, "--adapter", out, "--rows", 2, "--tokens", 32)
-    assert code == 0 and said.startswith("perplexity ")
+    assert code == 0 and said.startswith("perplexity on text: ")
 
 
 def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -91,3 +93,88 @@ def test_paired_difference_covers_and_refuses_lists_that_do_not_pair() -> None:
     assert 0.93 < covered / 1000 < 0.97
     with pytest.raises(InputError, match="2 and 3 answers cannot be paired"):
         evaluate.paired_difference([1, 0], [1, 0, 1])
+
+
+def batch_of(rows: int, length: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 50, (rows, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_row_losses_add_up_to_the_loss(model: Any) -> None:
+    batches = [batch_of(3, 9), batch_of(2, 9)]
+    rows = evaluate.row_losses(model, batches)
+    assert len(rows) == 5 and {row.tokens for row in rows} == {8}
+    mean = sum(row.nats for row in rows) / sum(row.tokens for row in rows)
+    assert mean == pytest.approx(evaluate.loss(model, batches), rel=1e-9)
+    by_hand = (
+        model(batches[1]["input_ids"]).logits[:, :-1].log_softmax(-1).gather(2, batches[1]["input_ids"][:, 1:, None])
+    )
+    assert rows[3].nats == pytest.approx(-by_hand[0].sum().item(), rel=1e-5)
+
+
+def test_a_models_distance_to_itself_is_nothing(model: Any) -> None:
+    apart = evaluate.divergence(model, model, [batch_of(3, 9)])
+    assert apart.kl == (0, 0, 0) and apart.agreement == (1, 1, 1)
+    rows = evaluate.row_losses(model, [batch_of(3, 9)])
+    assert evaluate.perplexity_change(rows, rows) == (0, 0, 0)
+
+
+def test_divergence_by_hand(model: Any) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    batch = batch_of(4, 7)
+    batch["attention_mask"][0, 4:] = 0
+    apart = evaluate.divergence(other, model, [batch])
+    kept = batch["attention_mask"][:, 1:] == 1
+    with torch.no_grad():
+        p, q = (m(**batch).logits[:, :-1][kept].double().log_softmax(-1) for m in (model, other))
+    assert apart.kl.value == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert apart.agreement.value == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert apart.kl.low < apart.kl.value < apart.kl.high
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    draw = random.Random(0)
+    inside = 0
+    for _ in range(400):
+        rows = []
+        for _ in range(40):
+            tokens = draw.randint(5, 50)
+            rows.append(evaluate.RowLoss(tokens * draw.gauss(2.0, 0.5), tokens))
+        low, high = evaluate.perplexity_interval(rows)[1:]
+        inside += low <= math.exp(2.0) <= high
+    assert 0.91 <= inside / 400 <= 0.98
+
+
+def test_pairing_sees_what_two_intervals_would_not() -> None:
+    draw = random.Random(0)
+    base = [evaluate.RowLoss(20 * draw.gauss(2.0, 0.5), 20) for _ in range(60)]
+    worse = [evaluate.RowLoss(row.nats + 20 * draw.gauss(0.01, 0.005), 20) for row in base]
+    low, high = evaluate.perplexity_change(worse, base)[1:]
+    assert 0 < low < math.expm1(0.01) < high < 0.02
+    apart = [evaluate.perplexity_interval(rows) for rows in (base, worse)]
+    assert apart[0].high > apart[1].low
+    with pytest.raises(InputError, match="on the same text"):
+        evaluate.perplexity_change(worse[1:], base)
+
+
+def test_one_row_has_no_interval() -> None:
+    value, low, high = evaluate.perplexity_interval([evaluate.RowLoss(4.0, 2)])
+    assert value == pytest.approx(math.exp(2)) and math.isnan(low) and math.isnan(high)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "same"),
+    [
+        ("so 7 + 8 = 15.", "15.0", True),
+        ("#### 1,200", "She has 1200. #### 1200", True),
+        ("15", "16", False),
+        ("The answer is TRUE", "the answer  is true", True),
+        ("false", "true", False),
+        ("", "3", False),
+    ],
+)
+def test_exact_match(given: str, expected: str, same: bool) -> None:
+    assert evaluate.exact_match(given, expected) is same

@@ -96,11 +96,11 @@ def test_setup_runs_once(checkout: Path) -> None:
 def test_setup_adds_the_tools_and_keeps_them(checkout: Path) -> None:
     setup(checkout)
     code, calls, _ = setup(checkout, "dev")
-    assert code == 0 and calls and "-m venv .venv" not in calls and calls[-1].endswith("--editable .[dev]")
+    assert code == 0 and calls and "-m venv .venv" not in calls and calls[-1].endswith("--editable .[dev,docs,eval]")
     assert setup(checkout) == (0, [], "")
     (checkout / "constraints.txt").write_text("# other versions\n")
     code, calls, _ = setup(checkout)
-    assert code == 0 and "-m venv .venv" not in calls and calls[-1].endswith("--editable .[dev]")
+    assert code == 0 and "-m venv .venv" not in calls and calls[-1].endswith("--editable .[dev,docs,eval]")
 
 
 def test_interrupted_setup_starts_over(checkout: Path) -> None:

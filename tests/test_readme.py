@@ -71,3 +71,15 @@ def test_spd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert names["SyncPlan"].load("plan.json") == names["plan"]
     with torch.no_grad():
         assert torch.equal(model(**prompt).logits, before)
+
+
+def test_the_figures_show_the_numbers_of_the_table() -> None:
+    text = README.read_text(encoding="utf-8")
+    drawn = (README.parent / "docs" / "img" / "measured-finetune.svg").read_text(encoding="utf-8")
+    described = re.search(r"<desc[^>]*>(.*?)</desc>", drawn, re.DOTALL)
+    assert described is not None
+    found = re.findall(r"([^:.%]+): ([\d.]+)% \(([\d.]+)% to ([\d.]+)%\)", described[1])
+    assert len(found) >= 2
+    for name, accuracy, low, high in found:
+        row = f"| {name.strip()} | {accuracy}% ({low} to {high}) |"
+        assert row in text, f"no row {row!r}: draw the figures anew with python scripts/figures.py runs/demo"

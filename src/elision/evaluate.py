@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from elision.data import IGNORED
 from elision.errors import InputError
 
+Z = statistics.NormalDist().inv_cdf(0.975)  # of a two-sided 95% interval
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -41,32 +42,117 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+class RowLoss(NamedTuple):
+    """Summed cross-entropy in nats of one row of text, and how many tokens it is the sum of."""
+
+    nats: float
+    tokens: int
+
+
+class Divergence(NamedTuple):
+    """How far a model's predictions are from the dense model's, per predicted token (METHODS 2.2, 3.2)."""
+
+    kl: Interval  # KL(dense || model), nats
+    agreement: Interval  # share of tokens for which both rank the same token first
+
+
+def row_losses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[RowLoss]:
+    """Cross-entropy of every row of `batches`; of the labels where a batch has them, else of all real tokens."""
+    found: list[RowLoss] = []
+    with evaluating(model):
+        for batch in batches:
+            labels = _targets(batch)
+            kept = labels != IGNORED
+            nats = F.cross_entropy(_logits(model, batch)[kept].float(), labels[kept], reduction="none")
+            sums = torch.zeros(len(labels), dtype=torch.float64).index_add_(0, kept.nonzero()[:, 0], nats.double())
+            found += [RowLoss(*row) for row in zip(sums.tolist(), kept.sum(dim=1).tolist(), strict=True)]
+    return found
+
+
 def loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
     """Mean cross-entropy in nats per predicted token; of the labels where a batch has them, else of all real tokens.
 
     Raises:
         InputError: no token to predict.
     """
-    total, count = 0.0, 0
-    with evaluating(model):
-        for batch in batches:
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-            labels = batch.get("labels")
-            if labels is None:
-                mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-                labels = batch["input_ids"].masked_fill(mask == 0, IGNORED)
-            kept = labels[:, 1:] != IGNORED
-            count += int(kept.sum())
-            total += F.cross_entropy(logits[kept].float(), labels[:, 1:][kept], reduction="sum").item()
-    if count == 0:
-        raise InputError("the data has no token to predict: give text, or labels other than -100")
-    return total / count
+    rows = row_losses(model, batches)
+    return _mean([row.nats for row in rows], [row.tokens for row in rows]).value
 
 
 def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
     """The exponential of `loss`."""
     return math.exp(loss(model, batches))
+
+
+def perplexity_interval(rows: Sequence[RowLoss]) -> Interval:
+    """Perplexity of all tokens with its 95% interval, rows being what was drawn at random."""
+    return Interval(*map(_exp, _mean([row.nats for row in rows], [row.tokens for row in rows])))
+
+
+def perplexity_change(rows: Sequence[RowLoss], baseline: Sequence[RowLoss]) -> Interval:
+    """Relative change of perplexity against `baseline` on the same rows, paired; 0.01 is 1% more.
+
+    Raises:
+        InputError: the two are not of the same rows.
+    """
+    if [row.tokens for row in rows] != [row.tokens for row in baseline]:
+        raise InputError(f"{len(rows)} and {len(baseline)} rows of text differ: score both models on the same text")
+    differences = [row.nats - other.nats for row, other in zip(rows, baseline, strict=True)]
+    return Interval(*(_exp(value) - 1 for value in _mean(differences, [row.tokens for row in rows])))
+
+
+def divergence(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Divergence:
+    """KL(dense || model) and top-1 agreement on the tokens that `loss` scores.
+
+    Raises:
+        InputError: no token to predict.
+    """
+    distances: list[float] = []
+    same: list[float] = []
+    tokens: list[int] = []
+    with evaluating(model), evaluating(dense):
+        for batch in batches:
+            kept = _targets(batch) != IGNORED
+            changed, target = (_logits(each, batch)[kept].float().log_softmax(-1) for each in (model, dense))
+            kl = (target.exp() * (target - changed)).sum(-1)
+            agrees = changed.argmax(-1) == target.argmax(-1)
+            for sums, values in ((distances, kl), (same, agrees)):
+                zeros = torch.zeros(len(kept), dtype=torch.float64)
+                sums += zeros.index_add_(0, kept.nonzero()[:, 0], values.double()).tolist()
+            tokens += kept.sum(dim=1).tolist()
+    return Divergence(_mean(distances, tokens), _mean(same, tokens))
+
+
+def _targets(batch: Mapping[str, Tensor]) -> Tensor:
+    """(rows, tokens - 1) labels that the logits of all positions but the last predict."""
+    labels = batch.get("labels")
+    if labels is None:
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        labels = batch["input_ids"].masked_fill(mask == 0, IGNORED)
+    return labels[:, 1:]
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return model(**inputs, use_cache=False).logits[:, :-1]
+
+
+def _mean(sums: Sequence[float], tokens: Sequence[int]) -> Interval:
+    """Mean over all tokens; its interval is that of a ratio of means over rows, none (nan) where there is one row."""
+    total, n = sum(tokens), len(tokens)
+    if total == 0:
+        raise InputError("the data has no token to predict: give text, or labels other than -100")
+    mean = sum(sums) / total
+    if n < 2:
+        return Interval(mean, math.nan, math.nan)
+    spread = sum((value - mean * count) ** 2 for value, count in zip(sums, tokens, strict=True))
+    half = Z * math.sqrt(n / (n - 1) * spread) / total
+    return Interval(mean, mean - half, mean + half)
+
+
+def _exp(value: float) -> float:
+    """The exponential, infinite where it would overflow."""
+    return math.inf if value > 700 else math.exp(value)
 
 
 def answers(
@@ -112,6 +198,15 @@ def final_answer(text: str) -> str:
     return numbers[-1].replace(",", "") if numbers else ""
 
 
+def exact_match(given: str, expected: str) -> bool:
+    """The final answers are the same number ("15" and "15.0" are); where one is no number, the texts the same words."""
+    ends = final_answer(given), final_answer(expected)
+    try:
+        return float(ends[0]) == float(ends[1])
+    except ValueError:
+        return given.lower().split() == expected.lower().split()
+
+
 def accuracy(correct: Sequence[bool | int]) -> Interval:
     """Share of correct answers with its Wilson 95% interval.
 
@@ -122,13 +217,12 @@ def accuracy(correct: Sequence[bool | int]) -> Interval:
     if n == 0:
         raise InputError("no answers to score: give at least one problem")
     p = sum(map(int, correct)) / n
-    z = statistics.NormalDist().inv_cdf(0.975)
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
     return Interval(p, centre - half, centre + half)
 
 
-def paired_difference(a: Sequence[bool | int], b: Sequence[bool | int]) -> Interval:
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
     """Mean of a - b over the same problems with its 95% interval, normal in the mean of the paired differences.
 
     Raises:
@@ -136,7 +230,7 @@ def paired_difference(a: Sequence[bool | int], b: Sequence[bool | int]) -> Inter
     """
     if len(a) != len(b) or len(a) < 2:
         raise InputError(f"{len(a)} and {len(b)} answers cannot be paired: score both on the same two or more problems")
-    differences = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
+    differences = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
     mean = statistics.fmean(differences)
-    half = statistics.NormalDist().inv_cdf(0.975) * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = Z * statistics.stdev(differences) / math.sqrt(len(differences))
     return Interval(mean, mean - half, mean + half)

@@ -18,6 +18,7 @@ from elision.cli import sparselora, spd
 from elision.cli.common import Commands
 from elision.cli.evaluate import evaluate
 from elision.cli.inspection import inspect
+from elision.cli.report import report
 
 app = typer.Typer(
     cls=Commands,
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(inspect)
 app.command("eval")(evaluate)
+app.command()(report)
 app.add_typer(sparselora.app, name="sparselora")
 app.add_typer(spd.app, name="spd")
 

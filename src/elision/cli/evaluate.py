@@ -1,40 +1,232 @@
-"""`elision eval`: what a model, a plan or an adapter is worth."""
+"""`elision eval`: what a model, a plan or an adapter is worth, and whether the difference is real."""
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elision.cli.common import Model, Rows, Text, Tokens, load
+from elision.cli.common import DryRun, Json, Model, Rows, RunDirectory, Tokens, load, run_directory, show
+from elision.errors import InputError
+
+if TYPE_CHECKING:
+    from elision.evaluate import Interval
 
 
 def evaluate(
+    ctx: typer.Context,
     model: Model,
-    text: Text,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Plain text for perplexity; several times if need be.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help=".json or .jsonl of prompts and answers, for exact match.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Task of lm-evaluation-harness or elision_*; several times if need be.")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="SPD plan: score what its ranks would compute.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="PEFT adapter to merge into the model first.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Baseline of the paired tests; by default MODEL, if changed.")
+    ] = None,
     rows: Rows = 32,
     tokens: Tokens = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    limit: Annotated[int | None, typer.Option(min=2, help="Documents a task, and problems of --data, at most.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Solved examples before a task's documents.")] = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer to --data at most.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Rows, problems or documents at once.")] = 8,
+    include: Annotated[Path | None, typer.Option(help="Directory with .yaml task files of yours.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    run: RunDirectory = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
-    """Perplexity of a model on text, with an SPD plan or a PEFT adapter if given."""
+    """Score a model on text, answers or tasks, with an SPD plan or a PEFT adapter if given.
+
+    Every number has a 95% interval. With --plan, --adapter or --against the
+    same is measured on a baseline, and every difference is paired on the same
+    rows or documents: an interval that holds 0 cannot tell the two apart. On
+    text, KL and top-1 agreement with the baseline are given too.
+
+    \b
+    Examples:
+      elision eval reference --text notes.txt
+      elision eval reference --text notes.txt --plan plan.json
+      elision eval reference --adapter adapter --data test.jsonl --answer-tokens 64
+      elision eval reference --plan plan.json --tasks elision_word_problems --limit 200
+    """
+    from elision.data import load_examples, text_batches
+    from elision.loading import load_texts
+
+    if text is None and data is None and not tasks:
+        raise InputError("nothing to score: give --text, --data or --tasks")
+    texts = None if text is None else load_texts(text)
+    examples = None if data is None else load_examples(data)[:limit]
+    with _changed(model, plan, adapter, dtype) as (changed, tokenizer):
+        base = _baseline(model, plan, adapter, against, dtype)
+        batches = None if texts is None else text_batches(tokenizer, texts, tokens, batch, limit=rows)
+        if dry_run:
+            show(_estimate(changed, base, batches, examples, tasks), as_json)
+            return
+        with run_directory(ctx, run) as kept:
+            found = []
+            if batches is not None:
+                found += _text(changed, base, batches)
+            if examples is not None:
+                found += _answers(changed, base, tokenizer, examples, answer_tokens, batch)
+            if tasks:
+                found += _tasks(changed, base, tokenizer, tasks, limit, batch, shots, include)
+            if kept is not None:
+                for row in found:
+                    kept.metric(**row)
+                kept.finish(evaluation=found)
+    first = next((row for row in found if row["metric"] == "perplexity"), None)
+    summary = {} if first is None else {"perplexity": first["value"], "tokens": first["count"]}
+    show({**summary, "scores": found}, as_json, _lines(found))
+
+
+@contextmanager
+def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -> Iterator[tuple[Any, Any]]:
+    """The model to be scored with its tokenizer: merged, simulated, or a checkpoint with the plan that it carries."""
     from contextlib import nullcontext
 
-    from elision import evaluate, spd
-    from elision.data import text_batches
-    from elision.loading import load_adapter, load_texts
+    from elision import spd
+    from elision.files import read_json
+    from elision.loading import load_adapter, load_tokenizer
 
-    texts = load_texts(text)
     planned = None if plan is None else spd.SyncPlan.load(plan)
-    loaded, tokenizer = load(model)
+    config = Path(source) / "config.json"
+    if config.is_file() and isinstance(values := read_json(config, "model config"), dict) and "spd_plan" in values:
+        if planned is not None or adapter is not None:
+            raise InputError(f"{source} carries its plan and weights made for it: leave --plan and --adapter out")
+        treated = spd.read(source)
+        with treated.simulate():
+            yield treated.model.eval(), load_tokenizer(source)
+        return
+    loaded, tokenizer = load(source, dtype)
     if adapter is not None:
         loaded = load_adapter(loaded, adapter)
-    batches = text_batches(tokenizer, texts, tokens, limit=rows)
     with nullcontext() if planned is None else spd.simulate(loaded, planned):
-        found = evaluate.perplexity(loaded, batches)
-    scored = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
-    line = f"perplexity {found:.4f} over {scored:,} tokens"
-    typer.echo(json.dumps({"perplexity": found, "tokens": scored}) if as_json else line)
+        yield loaded, tokenizer
+
+
+def _baseline(source: str, plan: Path | None, adapter: Path | None, against: str | None, dtype: str) -> Any:
+    """The model that differences are taken to; None where nothing was changed and none is named."""
+    if against is None and plan is None and adapter is None:
+        return None
+    return load(against or source, dtype)[0]
+
+
+def _text(model: Any, base: Any, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from elision import evaluate
+    from elision.progress import progress
+
+    def advancing() -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            yield batch
+            advance(1)
+
+    with progress("reading", len(batches) * (1 if base is None else 4)) as advance:
+        own = evaluate.row_losses(model, advancing())
+        count = sum(row.tokens for row in own)
+        rows = [_row("text", "perplexity", evaluate.perplexity_interval(own), count, better="lower")]
+        if base is not None:
+            other = evaluate.row_losses(base, advancing())
+            rows[0] |= {"baseline": evaluate.perplexity_interval(other).value}
+            rows[0] |= {"change": _bounds(evaluate.perplexity_change(own, other)), "relative": True}
+            apart = evaluate.divergence(model, base, advancing())
+            advance(len(batches))
+            rows.append(_row("text", "KL to the baseline, nats", apart.kl, count, better="lower"))
+            rows.append(_row("text", "top-1 agreement with the baseline", apart.agreement, count))
+    return rows
+
+
+def _answers(
+    model: Any, base: Any, tokenizer: Any, examples: list[Any], answer_tokens: int, batch: int
+) -> list[dict[str, Any]]:
+    from elision import evaluate
+    from elision.progress import progress
+
+    def correct(scored: Any) -> list[int]:
+        prompts = [example.prompt for example in examples]
+        given = evaluate.answers(scored, tokenizer, prompts, answer_tokens, rows=batch, advance=advance)
+        pairs = zip(given, examples, strict=True)
+        return [int(evaluate.exact_match(text, example.answer)) for text, example in pairs]
+
+    with progress("answering", len(examples) * (1 if base is None else 2)) as advance:
+        own = correct(model)
+        row = _row("data", "exact match", evaluate.accuracy(own), len(own))
+        if base is not None:
+            other = correct(base)
+            row |= {"baseline": sum(other) / len(other)}
+            row |= {"change": _bounds(evaluate.paired_difference(own, other)) if len(own) > 1 else None}
+    return [row]
+
+
+def _tasks(model: Any, base: Any, tokenizer: Any, tasks: list[str], *settings: Any) -> list[dict[str, Any]]:
+    from elision import harness
+
+    limit, batch, shots, include = settings
+    options = {"limit": limit, "batch": batch, "shots": shots, "include": include}
+    own = harness.run(model, tokenizer, tasks, **options)
+    other = [None] * len(own) if base is None else harness.run(base, tokenizer, tasks, **options)
+    rows = []
+    for score, before in zip(own, other, strict=True):
+        better = "higher" if score.higher_is_better else "lower"
+        rows.append(_row(score.task, score.metric, score.value, len(score.samples), better=better))
+        if before is not None:
+            change = harness.difference(score, before)
+            rows[-1] |= {"baseline": before.value.value, "change": None if change is None else _bounds(change)}
+    return rows
+
+
+def _estimate(model: Any, base: Any, batches: Any, examples: Any, tasks: Any) -> dict[str, Any]:
+    """What a dry run says: how much would be read and answered, the memory of the weights, the time of the text."""
+    import time
+
+    from elision import evaluate
+
+    models = [model] if base is None else [model, base]
+    found: dict[str, Any] = {"models": len(models)}
+    found["weights_mb"] = round(sum(p.numel() * p.element_size() for m in models for p in m.parameters()) / 2**20, 1)
+    if batches is not None:
+        started = time.perf_counter()
+        evaluate.loss(model, [{name: value[:1] for name, value in batches[0].items()}])
+        row = time.perf_counter() - started
+        count = sum(len(batch["input_ids"]) for batch in batches)
+        found |= {"text_rows": count, "text_seconds": round(row * count * (1 if base is None else 4), 1)}
+    if examples is not None:
+        found["answers"] = len(examples) * len(models)
+    if tasks:
+        found["tasks"] = list(tasks)
+    return found
+
+
+def _row(task: str, metric: str, value: Interval, count: int, better: str = "higher") -> dict[str, Any]:
+    return {"task": task, "metric": metric, **_bounds(value), "count": count, "better": better}
+
+
+def _bounds(found: Interval) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in found._asdict().items()}
+
+
+def _lines(found: list[dict[str, Any]]) -> str:
+    """One line a metric; the wide table is the report's."""
+    from elision.report import verdict
+    from elision.report.results import Measure
+
+    lines = []
+    for is_ in map(Measure.model_validate, found):
+        said = f"{is_.metric} on {is_.task}: {is_.value:.4f}"
+        if is_.low is not None and is_.high is not None:
+            said += f" (95% interval {is_.low:.4f} to {is_.high:.4f}, of {is_.count:,})"
+        if is_.baseline is not None:
+            said += f"; baseline {is_.baseline:.4f}"
+        if (change := is_.change) is not None:
+            interval = f"95% interval {verdict.bounds(change, is_.relative)}"
+            said += f", change {verdict.difference(change.value, is_.relative)} ({interval}): {verdict.judged(is_)}"
+        lines.append(said)
+    return "\n".join(lines)

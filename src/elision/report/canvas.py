@@ -97,6 +97,13 @@ class Plot:
             self.figure.savefig(buffer, format="svg", metadata={"Date": None})
         return _inline(buffer.getvalue(), self.name, self.title, self.description)
 
+    def file(self) -> str:
+        """The same as an SVG file of its own, which follows its reader's light or dark setting."""
+        light, dark = ("".join(f"--{name}:{pair[mode]};" for name, pair in THEME.items()) for mode in (0, 1))
+        style = f":root{{{light}--sans:system-ui,sans-serif}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
+        start, end = self.svg().split(">", 1)
+        return f'{start} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{end}\n'
+
     def png(self) -> bytes:
         """A PNG on white, about 1000 pixels wide."""
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""results.json -> one self-contained HTML page, with PNG and CSV of every plot beside it.
+"""Results of runs -> one self-contained HTML page, with PNG and CSV of every plot beside it.
 
 The page states its verdict first, loads nothing (its own content policy forbids it), needs no script and follows the
 reader's light or dark setting. A `Section` holds what was found in words, tables and plots; the template knows no more
@@ -7,7 +7,7 @@ than that, so another measurement is another function that returns a section.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -18,10 +18,24 @@ from rich.table import Table as RichTable
 
 import elision
 from elision import files
-from elision.report import plots, tables, verdict
+from elision.errors import InputError
+from elision.report import measured, plots, sources, tables, verdict
 from elision.report.canvas import THEME, Plot
-from elision.report.results import LORA, SPARSE, Example, FineTune, Results, SyncPointDrop, check, load
+from elision.report.results import (
+    LORA,
+    SPARSE,
+    Example,
+    FineTune,
+    Latency,
+    Measure,
+    Results,
+    StepTime,
+    SyncPointDrop,
+    Training,
+    check,
+)
 
+Source = str | Path
 READABLE = 60  # rows: a longer table behind a plot is in its CSV only
 
 
@@ -47,21 +61,31 @@ class Figure:
     detail: str = field(default="")
 
 
-def write(run: str | Path) -> Path:
-    """Read `run`/results.json; write plots/*.png, plots/*.csv and, last, report.html, whose path is returned.
+def write(runs: Source | Sequence[Source], out: str | Path | None = None) -> Path:
+    """Write report.html, whose path is returned, with plots/*.png and plots/*.csv beside it.
+
+    Args:
+        runs: run directories, plans or benchmark files (see `sources`), one or several.
+        out: directory of the page; by default the only run's own.
 
     Raises:
-        InputError: results.json is missing or broken; nothing has been written.
+        InputError: a run's results are missing or broken, or `out` is not given where it is needed; nothing is written.
     """
-    run = Path(run)
-    results = load(run)
+    given = [runs] if isinstance(runs, str | Path) else list(runs)
+    if not given:
+        raise InputError("no runs to report: give at least one run directory, plan or benchmark file")
+    found = [sources.load(run) for run in given]
+    if out is None and (len(given) > 1 or not Path(given[0]).is_dir()):
+        raise InputError("the page has no place of its own: name a directory for it with --out")
+    place = Path(given[0] if out is None else out)
+    results = sources.together(list(zip(sources.labels(given), found, strict=True)))
     parts = sections(results)
     page = render(results, parts)
     drawn = [(plot.name, plot.png(), plot.csv()) for section in parts for plot in section.plots]
     for name, png, csv in drawn:
-        files.write(run / "plots" / f"{name}.png", lambda path, png=png: path.write_bytes(png))
-        files.write_text(run / "plots" / f"{name}.csv", csv)
-    return files.write_text(run / "report.html", page)
+        files.write(place / "plots" / f"{name}.png", lambda path, png=png: path.write_bytes(png))
+        files.write_text(place / "plots" / f"{name}.csv", csv)
+    return files.write_text(place / "report.html", page)
 
 
 def summary_tables(results: Results | Mapping[str, Any]) -> list[RichTable]:
@@ -76,7 +100,19 @@ def summary_tables(results: Results | Mapping[str, Any]) -> list[RichTable]:
 def sections(results: Results) -> list[Section]:
     """What the page shows of these results, in its order."""
     found = [] if results.finetune is None else [_finetune(results.finetune)]
-    return found + ([_spd(results.spd)] if results.spd else [])
+    if results.spd:
+        found.append(_spd(results.spd))
+    if results.evaluation:
+        found.append(_evaluation(results.evaluation))
+    if results.tradeoffs or results.layers or results.plans:
+        found.append(_sparsity(results))
+    if results.training:
+        found.append(_training(results.training))
+    if results.steps:
+        found.append(_steps(results.steps))
+    if results.latency:
+        found.append(_latency(results.latency))
+    return found
 
 
 def render(results: Results, parts: list[Section]) -> str:
@@ -102,7 +138,7 @@ def render(results: Results, parts: list[Section]) -> str:
 
 
 def _finetune(is_: FineTune) -> Section:
-    drawn = [plots.losses(is_), plots.accuracy(is_), plots.paired(is_), plots.layer_plan(is_)]
+    drawn = [plots.losses(is_), plots.accuracy(is_), plots.paired(is_), plots.layer_plan(is_.plan)]
     shown = [tables.variants(is_), tables.pairs(is_)]
     return Section(
         anchor="fine-tuning",
@@ -117,7 +153,7 @@ def _finetune(is_: FineTune) -> Section:
 
 
 def _spd(models: list[SyncPointDrop]) -> Section:
-    texts = verdict.listed(list(dict.fromkeys(f"{model.text}, {model.tokens:,} tokens" for model in models)))
+    texts = verdict.listed(list(dict.fromkeys(_text(model) for model in models)))
     drawn = []
     for kind, draw in (("sensitivity", plots.sensitivity), ("dropping", plots.dropping)):
         drawn += [draw(model, models, f"{kind}-{index}") for index, model in enumerate(models, 1)]
@@ -133,6 +169,86 @@ def _spd(models: list[SyncPointDrop]) -> Section:
     )
 
 
+def _text(model: SyncPointDrop) -> str:
+    return f"{model.text}, {model.tokens:,} tokens" if model.tokens else model.text
+
+
+def _evaluation(measures: list[Measure]) -> Section:
+    relative = measured.changes([m for m in measures if m.relative], "perplexity-change", "Change of perplexity")
+    absolute = measured.changes([m for m in measures if not m.relative], "task-changes", "Change on the tasks")
+    told = [f"{verdict.capital(str(verdict.evaluated([each])))}." for each in measures if each.change is not None]
+    return Section(
+        anchor="evaluation",
+        title="Quality, evaluated",
+        question="How good is the model, and which differences to its baseline are more than chance? Both are scored "
+        "on the same rows and documents.",
+        findings=told,
+        tables=[tables.evaluation(measures)],
+        plots=[plot for plot in (relative, absolute) if plot is not None],
+    )
+
+
+def _sparsity(results: Results) -> Section:
+    drawn = [measured.tradeoff(each, f"tradeoff-{index}") for index, each in enumerate(results.tradeoffs, 1)]
+    drawn += [measured.layer_sensitivity(each, f"layers-{index}") for index, each in enumerate(results.layers, 1)]
+    for index, (name, plan) in enumerate(results.plans.items(), 1):
+        plot = plots.layer_plan(plan, f"plan-{index}", f"What SparseLoRA leaves out, {name}")
+        drawn += [] if plot is None else [plot]
+    return Section(
+        anchor="sparsity",
+        title="What can be left out of fine-tuning",
+        question="Which layers can spare computation, and what does a plan cost for what it saves?",
+        findings=[f"{verdict.capital(verdict.chosen(each))}." for each in results.tradeoffs],
+        tables=[],
+        plots=drawn,
+    )
+
+
+def _training(runs: list[Training]) -> Section:
+    return Section(
+        anchor="training",
+        title="Fine-tuning runs",
+        question="Does the loss fall as it should?",
+        findings=[f"{verdict.capital(verdict.descended(run))}." for run in runs],
+        tables=[],
+        plots=[measured.losses(runs)],
+    )
+
+
+def _steps(rows: list[StepTime]) -> Section:
+    drawn = []
+    for index, (shape, share) in enumerate(dict.fromkeys((row.shape, row.output_share) for row in rows), 1):
+        own = [row for row in rows if (row.shape, row.output_share) == (shape, share)]
+        outputs = "" if share is None else f", {verdict.percent(share, 0)} output tokens"
+        drawn.append(measured.step_times(own, f"steps-{index}", f"Time of a step, {shape}{outputs}"))
+        parts = measured.breakdown(own, f"breakdown-{index}")
+        drawn += [] if parts is None else [parts]
+    best = verdict.fastest(rows)
+    return Section(
+        anchor="steps",
+        title="Speed of fine-tuning",
+        question="How long does a step take, and how much of what the arithmetic allows is reached?",
+        findings=[] if best is None else [f"{verdict.capital(best)}."],
+        tables=[tables.step_times(rows)],
+        plots=drawn,
+    )
+
+
+def _latency(rows: list[Latency]) -> Section:
+    drawn = []
+    for index, phase in enumerate(dict.fromkeys(row.phase for row in rows), 1):
+        own = [row for row in rows if row.phase == phase]
+        drawn.append(measured.latencies(own, f"latency-{index}", f"Latency, {phase}"))
+    return Section(
+        anchor="latency",
+        title="Speed of serving",
+        question="How long does a forward pass take on real ranks and links, and how near is that to the ideal?",
+        findings=[],
+        tables=[tables.latencies(rows)],
+        plots=drawn,
+    )
+
+
 def _figures(results: Results) -> list[Figure]:
     """The numbers that the verdict rests on."""
     found = []
@@ -141,13 +257,23 @@ def _figures(results: Results) -> list[Figure]:
         if (pair := tuned.pair(SPARSE, LORA)) is not None:
             value = f"{verdict.signed(100 * pair.difference)} points"
             found.append(Figure(value, "accuracy against LoRA", verdict.interval(pair.low, pair.high)))
+    for measure in results.evaluation[:3]:
+        if measure.change is not None:
+            value = verdict.difference(measure.change.value, measure.relative)
+            interval = f"95% interval {verdict.bounds(measure.change, measure.relative)}"
+            found.append(Figure(value, f"{measure.metric} on {measure.task}", interval))
+    if (best := max(results.steps, key=lambda row: row.speedup or 0, default=None)) is not None and best.speedup:
+        found.append(
+            Figure(f"{best.speedup:.2f}×", f"as fast: {best.variant}", f"{best.shape}, {best.device}".strip(", "))
+        )
     if results.spd:
         most = results.spd[0].ranks[-1]
         found.append(
             Figure(
                 f"{most.chosen} of {most.layers}",
                 f"syncs after attention dropped on {most.ranks} ranks",
-                f"{verdict.change(most.increases[most.chosen])} perplexity, budget +{verdict.limit(most.max_loss)}",
+                f"{verdict.change(most.increases[most.chosen])} perplexity"
+                + ("" if most.max_loss is None else f", budget +{verdict.limit(most.max_loss)}"),
             )
         )
     return found

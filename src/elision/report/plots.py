@@ -27,7 +27,7 @@ from elision.report.canvas import (
     VERMILLION,
     Plot,
 )
-from elision.report.results import LORA, NO_FFN, RANDOM, SPARSE, TIERS, FineTune, Pair, SyncPointDrop
+from elision.report.results import LORA, NO_FFN, RANDOM, SPARSE, TIERS, FineTune, LayerPlan, Pair, SyncPointDrop
 from elision.report.verdict import MINUS, change, interval, limit, listed, number, percent, signed, spans
 
 WIDTH = 4.6  # inches; 331 of SVG's units
@@ -50,23 +50,23 @@ def losses(is_: FineTune) -> Plot | None:
     }
     width = max(1, len(steps) // 25)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(2 if others else 1, 4.3 if others else 3.0, heights=(3, 2) if others else (1,))
-        for (name, run), (colour, marker) in zip(runs.items(), _looks(list(runs)), strict=True):
+        figure, axes = panels(2 if others else 1, 4.3 if others else 3.0, heights=(3, 2) if others else (1,))
+        for (name, run), (colour, marker) in zip(runs.items(), looks(list(runs)), strict=True):
             style = {"color": colour, "label": name, "zorder": 3 if name == SPARSE else 2}
             if len(steps) <= 30:  # few enough to be seen one by one, and a single one not at all without
                 style |= {"marker": marker, "markersize": 3.5}
             if name == LORA:  # wide and beneath: the others may lie on it
                 style |= {"linewidth": 3.2, "zorder": 1.9}
-            axes[0].plot(*_smooth(run, width), **style)
+            axes[0].plot(*smooth(run, width), **style)
             if name in others and lora is not None:
-                axes[1].plot(*_smooth({step: run[step] - lora[step] for step in lora}, width), **style)
+                axes[1].plot(*smooth({step: run[step] - lora[step] for step in lora}, width), **style)
         axes[0].set_title("Training loss")
         if others:
             axes[1].set_title(f"Difference to {LORA}, same batches")
             axes[1].axhline(0, color=BLUE, linewidth=3.2, zorder=1.9)
         axes[-1].set_xlabel("optimizer step")
         axes[0].legend(loc="upper right", ncols=2)
-    ends = [f"{name} ends at {number(_smooth(run, width)[1][-1], 3)}" for name, run in runs.items()]
+    ends = [f"{name} ends at {number(smooth(run, width)[1][-1], 3)}" for name, run in runs.items()]
     smoothing = f" Running means over {width} logged steps." if width > 1 else ""
     return Plot(
         name="losses",
@@ -82,15 +82,15 @@ def losses(is_: FineTune) -> Plot | None:
     )
 
 
-def accuracy(is_: FineTune) -> Plot:
+def accuracy(is_: FineTune, name: str = "accuracy") -> Plot:
     """Accuracy against counted FLOPs, with 95% intervals, beside what guessing gets."""
     variants = is_.variants
     names = [variant.name for variant in variants]
     costs = [100 * variant.flops_ratio for variant in variants]
-    places = _side_by_side(costs, gap=0.06 * max(40.0, max(costs) - min(costs)))
+    places = side_by_side(costs, gap=0.06 * max(40.0, max(costs) - min(costs)))
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = _panels(1, 4.4)
-        for variant, place, (colour, marker) in zip(variants, places, _looks(names), strict=True):
+        figure, (axis,) = panels(1, 4.4)
+        for variant, place, (colour, marker) in zip(variants, places, looks(names), strict=True):
             low, high = variant.accuracy - variant.accuracy_low, variant.accuracy_high - variant.accuracy
             axis.errorbar(
                 place,
@@ -113,8 +113,8 @@ def accuracy(is_: FineTune) -> Plot:
             axis.plot([], [], "o", color=MUTED, markerfacecolor="none", label="facts swapped")
         axis.set_ylim(0, min(100, 5 + 100 * max(is_.majority_rate, *(v.accuracy_high for v in variants))))
         axis.set_xlim(max(0.0, min(places) - 12), max(places) + 12)
-        axis.yaxis.set_major_formatter(_percents())
-        axis.xaxis.set_major_formatter(_percents())
+        axis.yaxis.set_major_formatter(percents())
+        axis.xaxis.set_major_formatter(percents())
         axis.set_title(f"Accuracy on {is_.test_problems:,} held-out problems")
         axis.set_xlabel("FLOPs, in % of LoRA's")
         handles, labels = axis.get_legend_handles_labels()  # lines come first there, variants shall
@@ -126,7 +126,7 @@ def accuracy(is_: FineTune) -> Plot:
         for v in variants
     ]
     return Plot(
-        name="accuracy",
+        name=name,
         title="Quality against arithmetic",
         caption="Up and to the left is better. Bars are 95% intervals; points of like FLOPs are moved apart sideways. "
         "Facts swapped: the context tells of another problem.",
@@ -145,9 +145,9 @@ def paired(is_: FineTune) -> Plot | None:
         return None
     count = len(is_.paired)
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = _panels(1, 1.2 + 0.5 * count)
+        figure, (axis,) = panels(1, 1.2 + 0.5 * count)
         for row, (pair, (colour, marker)) in enumerate(
-            zip(is_.paired, _looks([_compared(pair) for pair in is_.paired]), strict=True)
+            zip(is_.paired, looks([_compared(pair) for pair in is_.paired]), strict=True)
         ):
             axis.errorbar(
                 100 * pair.difference,
@@ -184,24 +184,24 @@ def _compared(pair: Pair) -> str:
     return pair.b if pair.a == SPARSE else pair.a
 
 
-def layer_plan(is_: FineTune) -> Plot | None:
+def layer_plan(plan: LayerPlan | None, name: str = "plan", title: str = "What SparseLoRA leaves out") -> Plot | None:
     """Sparsity of every layer, one panel a part."""
-    if is_.plan is None:
+    if plan is None:
         return None
-    parts = {"Feed-forward": is_.plan.ffn, "Q and K": is_.plan.qk, "V and O": is_.plan.vo}
-    layers = range(len(is_.plan.ffn))
+    parts = {"Feed-forward": plan.ffn, "Q and K": plan.qk, "V and O": plan.vo}
+    layers = range(len(plan.ffn))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(len(parts), 3.6)
+        figure, axes = panels(len(parts), 3.6)
         for axis, (part, sparsities) in zip(axes, parts.items(), strict=True):
             axis.bar(layers, [100 * s for s in sparsities], width=0.7, color=VERMILLION)
             axis.set_ylim(0, 100)
             axis.set_yticks([0, 50, 100])
-            axis.yaxis.set_major_formatter(_percents())
+            axis.yaxis.set_major_formatter(percents())
             axis.set_title(part)
-        _blocks_below(axes[-1], len(layers), "layer")
+        blocks_below(axes[-1], len(layers), "layer")
     return Plot(
-        name="plan",
-        title="What SparseLoRA leaves out",
+        name=name,
+        title=title,
         caption="Share of each layer's channels that context tokens skip, chosen anew for every batch. A layer "
         "without a bar is dense.",
         description=" ".join(
@@ -210,7 +210,7 @@ def layer_plan(is_: FineTune) -> Plot | None:
         + " One value a layer, from layer 0.",
         figure=figure,
         header=("layer", "ffn", "qk", "vo"),
-        rows=[(i, is_.plan.ffn[i], is_.plan.qk[i], is_.plan.vo[i]) for i in layers],
+        rows=[(i, plan.ffn[i], plan.qk[i], plan.vo[i]) for i in layers],
     )
 
 
@@ -220,7 +220,7 @@ def sensitivity(model: SyncPointDrop, every: Sequence[SyncPointDrop], name: str)
     values = [value for each in every for ranks in each.ranks for value in ranks.sensitivities if np.isfinite(value)]
     top, bottom = max([*values, 2 * high]), min([*values, -0.2 * low])
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(len(model.ranks), 0.7 + 1.35 * len(model.ranks))
+        figure, axes = panels(len(model.ranks), 0.7 + 1.35 * len(model.ranks))
         for axis, ranks in zip(axes, model.ranks, strict=True):
             colours = [TIER_COLOURS[model.tier(value)] for value in ranks.sensitivities]
             axis.bar(range(ranks.layers), _finite(ranks.sensitivities), width=0.7, color=colours)
@@ -229,7 +229,7 @@ def sensitivity(model: SyncPointDrop, every: Sequence[SyncPointDrop], name: str)
             for bound in (low, high):
                 axis.axhline(bound, color=MUTED, linewidth=0.8, linestyle=DASHED)
             axis.set_title(f"{ranks.ranks} ranks")
-        _blocks_below(axes[-1], model.ranks[0].layers, "block")
+        blocks_below(axes[-1], model.ranks[0].layers, "block")
         handles = [Patch(color=colour) for colour in TIER_COLOURS]
         texts = [f"{TIERS[0]} ≤ {low:g}%", f"{TIERS[1]} ≤ {high:g}%", f"extremely > {high:g}%"]
         figure.legend(handles, texts, loc="outside lower center", ncols=3, handlelength=0.9, columnspacing=1.2)
@@ -254,10 +254,10 @@ def dropping(model: SyncPointDrop, every: Sequence[SyncPointDrop], name: str) ->
     """Increase of perplexity against the number of dropped syncs, the chosen number ringed."""
     layers = model.ranks[0].layers
     values = [100 * x for each in every for ranks in each.ranks for x in ranks.increases if np.isfinite(x)]
-    budgets = sorted({100 * ranks.max_loss for ranks in model.ranks})
-    linear = max(budgets[-1], 0.1)
+    budgets = sorted({100 * ranks.max_loss for ranks in model.ranks if ranks.max_loss is not None})
+    linear = max([*budgets, 0.1]) if budgets else 1.0
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = _panels(1, 3.9)
+        figure, (axis,) = panels(1, 3.9)
         for index, ranks in enumerate(model.ranks):
             colour, marker = SERIES[index % len(SERIES)]
             increases = _finite([100 * x for x in ranks.increases])
@@ -286,8 +286,8 @@ def dropping(model: SyncPointDrop, every: Sequence[SyncPointDrop], name: str) ->
     return Plot(
         name=name,
         title=f"Cost of dropping, {model.model}",
-        caption="Blocks go in ascending order of sensitivity, nothing is healed. Ringed: what the plan chose within "
-        f"its budget. The scale is linear up to {linear:g}% and logarithmic beyond.",
+        caption="Blocks go in ascending order of sensitivity, nothing is healed. Ringed: what the plan chose"
+        f"{' within its budget' if budgets else ''}. The scale is linear up to {linear:g}% and logarithmic beyond.",
         description=" ".join(
             f"{ranks.ranks} ranks: {ranks.chosen} of {layers} dropped at {change(ranks.increases[ranks.chosen])}, all "
             f"at {change(ranks.increases[-1])}."
@@ -299,20 +299,20 @@ def dropping(model: SyncPointDrop, every: Sequence[SyncPointDrop], name: str) ->
     )
 
 
-def _panels(count: int, height: float, heights: Sequence[float] = ()) -> tuple[Figure, Sequence[Axes]]:
+def panels(count: int, height: float, heights: Sequence[float] = ()) -> tuple[Figure, Sequence[Axes]]:
     """A figure of `count` panels, one below the other, that share their x axis."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(count, 1, sharex=True, squeeze=False, height_ratios=heights or None)[:, 0]
     return figure, list(axes)
 
 
-def _looks(names: Sequence[str]) -> list[tuple[str, str]]:
+def looks(names: Sequence[str]) -> list[tuple[str, str]]:
     """Colour and marker of each variant; those of the paper's comparison are fixed."""
     free = iter(OTHERS * len(names))
     return [LOOKS[name] if name in LOOKS else next(free) for name in names]
 
 
-def _smooth(run: Mapping[int, float], width: int) -> tuple[list[int], list[float]]:
+def smooth(run: Mapping[int, float], width: int) -> tuple[list[int], list[float]]:
     """Steps and running means over `width` values, each at its last step."""
     steps = sorted(run)
     if len(steps) < width:
@@ -321,7 +321,7 @@ def _smooth(run: Mapping[int, float], width: int) -> tuple[list[int], list[float
     return steps[width - 1 :], means.tolist()
 
 
-def _side_by_side(values: Sequence[float], gap: float) -> list[float]:
+def side_by_side(values: Sequence[float], gap: float) -> list[float]:
     """`values`, those closer than `gap` moved apart around their common middle, in the given order."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     groups: list[list[int]] = []
@@ -343,11 +343,13 @@ def _finite(values: Sequence[float]) -> list[float]:
     return [value if np.isfinite(value) else np.nan for value in values]
 
 
-def _percents() -> FuncFormatter:
+def percents() -> FuncFormatter:
+    """Ticks as "5%"."""
     return FuncFormatter(lambda value, _: f"{value:g}%".replace("-", MINUS))
 
 
-def _blocks_below(axis: Axes, count: int, what: str) -> None:
+def blocks_below(axis: Axes, count: int, what: str) -> None:
+    """Number the blocks, all of them where there is room."""
     axis.set_xlim(-0.6, count - 0.4)
     axis.xaxis.set_major_locator(FixedLocator(range(count)) if count <= 16 else MaxNLocator(12, integer=True))
     axis.set_xlabel(what)
@@ -361,4 +363,4 @@ def _logarithmic(axis: Axes, bottom: float, top: float, linear: float, ticks: Se
         FixedLocator([tick for tick in sorted(set(ticks)) if 1.3 * bottom <= tick <= 1.3 * top])
     )
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(_percents())
+    axis.yaxis.set_major_formatter(percents())

@@ -8,12 +8,10 @@ Rates and accuracies are shares (0 to 1); sensitivities are in percent of the de
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from elision import files
 from elision.errors import InputError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -129,7 +127,7 @@ class Ranks(_Part):
     order: list[int]  # blocks by ascending sensitivity
     perplexities: list[float]  # with the first k = 0..L of that order dropped
     chosen: Count  # the k that the budget allows
-    max_loss: Annotated[FiniteFloat, Field(ge=0)]  # the budget: 0.01 is +1% perplexity
+    max_loss: Annotated[FiniteFloat, Field(ge=0)] | None = None  # the budget, if it was one: 0.01 is +1% perplexity
 
     @model_validator(mode="after")
     def _one_value_a_block(self) -> Self:
@@ -185,6 +183,101 @@ class SyncPointDrop(_Part):
         return 0 if sensitivity <= self.tiers[0] else 1 if sensitivity <= self.tiers[1] else 2
 
 
+class Bounds(_Part):
+    """An estimate with its 95% interval, where there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def tells_apart(self) -> bool:
+        """The interval is known and leaves out 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+class Measure(Bounds):
+    """One number of `elision eval`; `change` is its paired difference to the baseline, relative for perplexity."""
+
+    task: str
+    metric: str
+    count: Count = 0
+    better: Literal["higher", "lower"] = "higher"
+    baseline: float | None = None
+    change: Bounds | None = None
+    relative: bool = False
+    model: str = ""  # of several runs on one page, which
+
+
+class Training(_Part):
+    """The loss of one fine-tuning run, and what it took."""
+
+    name: str
+    losses: Annotated[list[tuple[int, float]], Field(min_length=1)]
+    flops_ratio: Annotated[FiniteFloat, Field(gt=0)] | None = None  # to plain LoRA's
+    seconds: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    plan: LayerPlan | None = None
+
+
+class Point(_Part):
+    """One way of saving: how much it saves (a share) and what it costs (a share of the dense value)."""
+
+    name: str
+    saving: FiniteFloat
+    cost: FiniteFloat
+    low: FiniteFloat | None = None  # of the cost
+    high: FiniteFloat | None = None
+    kind: Literal["plan", "chosen", "control"] = "plan"
+
+
+class Tradeoff(_Part):
+    """Quality against saving: the plans that were measured, the chosen one among them, and the controls."""
+
+    name: str
+    saving: str  # of what: "FLOPs of a step", "syncs"
+    cost: str  # in what: "perplexity", "validation loss"
+    points: Annotated[list[Point], Field(min_length=1)]
+
+
+class LayerSensitivity(_Part):
+    """What sparsity in one layer costs, by part, in % of the dense loss; `bounds` separate the tiers."""
+
+    name: str
+    parts: dict[str, Annotated[list[float], Field(min_length=1)]]
+    bounds: tuple[FiniteFloat, FiniteFloat] | None = None
+
+    @model_validator(mode="after")
+    def _same_depth(self) -> Self:
+        if len({len(values) for values in self.parts.values()}) != 1:
+            raise ValueError(f"parts list {[len(values) for values in self.parts.values()]} layers for one model")
+        return self
+
+
+class StepTime(_Part):
+    """One fine-tuning step, timed; `ideal` is the speedup that the counted operations allow."""
+
+    variant: str
+    shape: str
+    output_share: Share | None = None
+    device: str = ""
+    step_ms: Annotated[FiniteFloat, Field(gt=0)]
+    speedup: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    ideal: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    peak_mb: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    breakdown: dict[str, Annotated[FiniteFloat, Field(ge=0)]] | None = None  # ms by part of the step
+
+
+class Latency(_Part):
+    """One serving measurement; `ideal_ms` is all syncs' time less what the dropped ones take."""
+
+    variant: str
+    phase: str  # "decode", "prefill 512"
+    link: str
+    ranks: Count = 0
+    ms: Annotated[FiniteFloat, Field(gt=0)]
+    ideal_ms: FiniteFloat | None = None
+
+
 class Results(_Part):
     """Everything that one run measured."""
 
@@ -192,6 +285,13 @@ class Results(_Part):
     settings: dict[str, str | bool | int | float | None] = {}
     finetune: FineTune | None = None
     spd: list[SyncPointDrop] = []
+    training: list[Training] = []
+    evaluation: list[Measure] = []
+    tradeoffs: list[Tradeoff] = []
+    layers: list[LayerSensitivity] = []
+    plans: dict[str, LayerPlan] = {}
+    steps: list[StepTime] = []
+    latency: list[Latency] = []
 
 
 def check(results: Any, where: str = "results") -> Results:
@@ -210,13 +310,3 @@ def check(results: Any, where: str = "results") -> Results:
         reason = " ".join(first["msg"].removeprefix("Value error, ").split())
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise InputError(f"{where}: {place}: {reason}{more}: run the measurement again to write it anew") from None
-
-
-def load(run: str | Path) -> Results:
-    """The results of a run directory.
-
-    Raises:
-        InputError: results.json is missing, not JSON, or not what this module describes.
-    """
-    path = Path(run) / "results.json"
-    return check(files.read_json(path, "results"), f"results {path}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from elision.report import verdict
-from elision.report.results import TIERS, FineTune, Results, SyncPointDrop
+from elision.report.results import TIERS, FineTune, Latency, Measure, Results, StepTime, SyncPointDrop
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,78 @@ def ranks(model: SyncPointDrop) -> Table:
                 *(Cell(str(tiers.count(tier)), tiers.count(tier)) for tier in range(len(TIERS))),
             ]
         )
-    budgets = verdict.listed([f"+{verdict.limit(loss)}" for loss in sorted({each.max_loss for each in model.ranks})])
-    dense = verdict.number(model.dense_perplexity, 3)
-    title = f"Sync-Point Drop, {model.model}: budget {budgets} of the dense perplexity, {dense}"
+    limits = sorted({each.max_loss for each in model.ranks if each.max_loss is not None})
+    budgets = f"budget {verdict.listed([f'+{verdict.limit(loss)}' for loss in limits])} of the " if limits else ""
+    title = f"Sync-Point Drop, {model.model}: {budgets}dense perplexity, {verdict.number(model.dense_perplexity, 3)}"
     return Table(title, columns, (False, True, False, *[True] * 6), rows)
+
+
+def evaluation(measures: Sequence[Measure]) -> Table:
+    """One row a metric: its value with its interval and, where there is a baseline, the paired difference."""
+    several, compared = any(m.model for m in measures), any(m.baseline is not None for m in measures)
+    rows = []
+    for is_ in measures:
+        row = [Cell(is_.metric), _precise(is_.value), Cell(_span(is_.low, is_.high)), Cell(f"{is_.count:,}", is_.count)]
+        if several:
+            row.insert(0, Cell(is_.model))
+        row.insert(int(several), Cell(is_.task))
+        if compared:
+            found = is_.change
+            row.append(Cell("–") if is_.baseline is None else _precise(is_.baseline))
+            row.append(Cell("–") if found is None else Cell(verdict.difference(found.value, is_.relative), found.value))
+            row.append(Cell("–") if found is None else Cell(verdict.bounds(found, is_.relative)))
+            row.append(Cell(verdict.judged(is_)))
+        rows.append(row)
+    names = [*(["model"] if several else []), "task", "metric", "value", "95% interval", "of"]
+    words = [True] * int(several) + [True, True]
+    if compared:
+        names += ["baseline", "change", "95% interval of the change", "reading"]
+    numeric = tuple(
+        not word for word in [*words, *[False] * (len(names) - len(words) - int(compared)), *[True] * compared]
+    )
+    return Table("Evaluation", tuple(names), numeric, rows)
+
+
+def step_times(rows: Sequence[StepTime]) -> Table:
+    """One row a timed step."""
+    columns = ("variant", "shape", "output tokens", "step", "speedup", "ideal", "of ideal", "peak memory")
+    return Table(
+        "Fine-tuning steps, timed",
+        columns,
+        (False, False, *[True] * 6),
+        [
+            [
+                Cell(row.variant),
+                Cell(row.shape),
+                Cell("–" if row.output_share is None else verdict.percent(row.output_share, 0), row.output_share),
+                Cell(f"{verdict.number(row.step_ms, 1)} ms", row.step_ms),
+                _times(row.speedup),
+                _times(row.ideal),
+                Cell("–")
+                if row.speedup is None or row.ideal is None
+                else Cell(verdict.percent(row.speedup / row.ideal, 0), row.speedup / row.ideal),
+                Cell("–") if row.peak_mb is None else Cell(f"{row.peak_mb:,.0f} MB", row.peak_mb),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def latencies(rows: Sequence[Latency]) -> Table:
+    """One row a serving measurement."""
+    columns = ("phase", "link", "ranks", "variant", "time", "ideal")
+    cells = [
+        [
+            Cell(row.phase),
+            Cell(row.link),
+            Cell(str(row.ranks), row.ranks) if row.ranks else Cell("–"),
+            Cell(row.variant),
+            Cell(f"{verdict.number(row.ms, 2)} ms", row.ms),
+            Cell("–") if row.ideal_ms is None else Cell(f"{verdict.number(row.ideal_ms, 2)} ms", row.ideal_ms),
+        ]
+        for row in rows
+    ]
+    return Table("Latency", columns, (False, False, True, False, True, True), cells)
 
 
 def numbers(header: tuple[str, ...], rows: list[tuple], title: str) -> Table:
@@ -114,9 +183,24 @@ def numbers(header: tuple[str, ...], rows: list[tuple], title: str) -> Table:
 
 
 def summary_tables(results: Results) -> list[Table]:
-    """The tables that sum up a run: fine-tuning's, then one a model that syncs were dropped in."""
+    """The tables that sum up a run, of what it measured."""
     found = [] if results.finetune is None else [variants(results.finetune)]
-    return found + [ranks(model) for model in results.spd]
+    found += [ranks(model) for model in results.spd]
+    found += [evaluation(results.evaluation)] if results.evaluation else []
+    found += [step_times(results.steps)] if results.steps else []
+    return found + ([latencies(results.latency)] if results.latency else [])
+
+
+def _precise(value: float) -> Cell:
+    return Cell(verdict.number(value, 4 if abs(value) < 10 else 2), value)
+
+
+def _times(value: float | None) -> Cell:
+    return Cell("–") if value is None else Cell(f"{verdict.number(value, 2)}×", value)
+
+
+def _span(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{_precise(low).text} to {_precise(high).text}"
 
 
 def _together(words: str) -> str:

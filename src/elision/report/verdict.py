@@ -11,7 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from elision.report.results import LORA, NO_FFN, RANDOM, SPARSE, FineTune, Pair, Results, SyncPointDrop
+from elision.report.results import (
+    LORA,
+    NO_FFN,
+    RANDOM,
+    SPARSE,
+    Bounds,
+    FineTune,
+    Measure,
+    Pair,
+    Results,
+    StepTime,
+    SyncPointDrop,
+    Tradeoff,
+    Training,
+)
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -97,6 +111,10 @@ def points(difference: float) -> str:
 def headline(results: Results) -> str:
     """The verdict on the whole run in one sentence with numbers."""
     clauses = [clause for clause in (_trained(results.finetune), _dropped(results.spd)) if clause]
+    clauses += [clause for clause in (evaluated(results.evaluation), fastest(results.steps)) if clause]
+    clauses += [chosen(each) for each in results.tradeoffs[:1]]
+    if not clauses and results.training:
+        clauses = [descended(results.training[0])]
     if not clauses:
         return "This run has measured nothing that could be judged yet."
     return capital("; ".join(clauses)) + "."
@@ -205,9 +223,10 @@ def dropped(models: Sequence[SyncPointDrop]) -> list[str]:
             f"{capital(model.model)}, on {ranks} ranks: the plan leaves out {listed(some)} of {model.ranks[0].layers} "
             f"syncs after attention; leaving out all of them costs {listed(every)} perplexity."
         )
-        over = [each for each in model.ranks if each.increases[each.chosen] > each.max_loss]
+        limits = [(each, each.max_loss) for each in model.ranks if each.max_loss is not None]
+        over = [each for each, most in limits if each.increases[each.chosen] > most]
         if over:
-            budgets = listed(sorted({f"+{limit(each.max_loss)}" for each in over}))
+            budgets = listed(sorted({f"+{limit(most)}" for each, most in limits if each in over}))
             places = listed([f"{change(each.increases[each.chosen])} on {each.ranks} ranks" for each in over])
             sentences.append(f"{capital(model.model)}: the budget of {budgets} does not hold on this text ({places}).")
     for model in models[1:]:
@@ -223,6 +242,69 @@ def dropped(models: Sequence[SyncPointDrop]) -> list[str]:
         if counts:
             sentences.append(f"{capital(model.model)}, against the {models[0].model}: {listed(counts)} can go.")
     return sentences
+
+
+def evaluated(measures: Sequence[Measure]) -> str | None:
+    """The first compared number, else the first number, with its interval."""
+    if not measures:
+        return None
+    is_ = next((measure for measure in measures if measure.change is not None), measures[0])
+    value = number(is_.value, 4 if abs(is_.value) < 10 else 2)
+    clause = f"{is_.metric} on {is_.task} is {value}"
+    if is_.change is None or is_.baseline is None:
+        return clause
+    against = f"{difference(is_.change.value, is_.relative)} against the baseline"
+    return f"{clause}, {against} (95% interval {bounds(is_.change, is_.relative)}: {judged(is_)})"
+
+
+def fastest(rows: Sequence[StepTime]) -> str | None:
+    """The best speedup that was timed, with what the operations would allow."""
+    known = [row for row in rows if row.speedup is not None]
+    if not known:
+        return None
+    best = max(known, key=lambda row: row.speedup or 0)
+    ideal = "" if best.ideal is None else f", where the counted operations allow {number(best.ideal, 2)}"
+    return f"a step of {best.variant} at {best.shape} is {number(best.speedup or 0, 2)} times as fast{ideal}"
+
+
+def chosen(is_: Tradeoff) -> str:
+    """What the chosen plan saves and costs, or each of several, else how many were measured."""
+    found = [point for point in is_.points if point.kind == "chosen"]
+    said = [
+        f"{is_.name if len(found) == 1 else point.name} leaves out {percent(point.saving)} of {is_.saving} for "
+        f"{change(point.cost)} {is_.cost}"
+        for point in found
+    ]
+    return listed(said) if said else f"{len(is_.points)} plans of {is_.name} were measured"
+
+
+def descended(is_: Training) -> str:
+    """Where a training loss began and ended."""
+    first, last = is_.losses[0], is_.losses[-1]
+    return (
+        f"the training loss of {is_.name} went from {number(first[1], 3)} to {number(last[1], 3)} in {last[0]:,} steps"
+    )
+
+
+def difference(value: float, relative: bool) -> str:
+    """A change: relative ones in percent, others in points."""
+    return change(value) if relative else f"{signed(100 * value)} points"
+
+
+def bounds(is_: Bounds, relative: bool) -> str:
+    """The interval of a change, or why there is none."""
+    if is_.low is None or is_.high is None:
+        return "unknown: one row"
+    return f"{difference(is_.low, relative)} to {difference(is_.high, relative)}"
+
+
+def judged(is_: Measure) -> str:
+    """A paired difference in a few words."""
+    if is_.change is None:
+        return "–"
+    if not is_.change.tells_apart:
+        return "cannot be told apart"
+    return "better" if (is_.change.value > 0) == (is_.better == "higher") else "worse"
 
 
 def capital(text: str) -> str:

@@ -1,0 +1,175 @@
+"""What a report can be made of: run directories, plans, and the JSON of benchmarks; several make one page.
+
+runs/a/                  its results.json; of a run that goes on, the losses in its metrics.jsonl
+plan.json                a SyncPlan's sensitivities and curve, or a SparsityPlan's layers
+bench.json               the last line of a benchmark program's output, or the whole output
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elision import files
+from elision.errors import InputError
+from elision.report.results import Results, Tradeoff, check
+from elision.runs import Run
+
+
+def load(source: str | Path) -> Results:
+    """The results in a run directory or file.
+
+    Raises:
+        InputError: there is nothing, or nothing that a report can show.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / "results.json").exists() or not (path / "run.json").exists():
+            return check(files.read_json(path / "results.json", "results"), f"results {path / 'results.json'}")
+        return check(_unfinished(path), f"run {path}")
+    values = _json(path)
+    if "rows" in values or "links" in values:
+        return check(_benchmark(values, path), f"benchmark {path}")
+    if "ranks" in values and "dropped" in values:
+        return check(_sync_plan(values, path), f"plan {path}")
+    if {"ffn", "qk", "vo"} <= values.keys():
+        return check(_sparsity_plan(values, path), f"plan {path}")
+    if values.keys() & set(Results.model_fields):
+        return check(values, f"results {path}")
+    raise InputError(f"{path} is no run, plan or benchmark: give a run directory, a plan or a benchmark's JSON")
+
+
+def together(results: Sequence[tuple[str, Results]]) -> Results:
+    """Several runs as one, every name saying its run where it would be ambiguous.
+
+    Raises:
+        InputError: two of them compare fine-tuning variants, whose plots stand for one set of problems.
+    """
+    if len(results) == 1:
+        return results[0][1]
+    tuned = [label for label, run in results if run.finetune is not None]
+    if len(tuned) > 1:
+        raise InputError(f"{tuned[0]} and {tuned[1]} each compare fine-tuning variants: make a page of each")
+    merged: dict[str, Any] = {"title": " and ".join(dict.fromkeys(run.title for _, run in results)), "settings": {}}
+    for label, run in results:
+        merged["settings"] |= {f"{label}: {name}": value for name, value in run.settings.items()}
+        merged["finetune"] = run.finetune or merged.get("finetune")
+        merged["tradeoffs"] = _joined([*merged.get("tradeoffs", []), *run.tradeoffs])
+        for kind, field in (("spd", "model"), ("training", "name"), ("layers", "name")):
+            for part in getattr(run, kind):
+                merged.setdefault(kind, []).append(part.model_copy(update={field: _named(label, getattr(part, field))}))
+        scored = [part.model_copy(update={"model": label}) for part in run.evaluation]
+        merged.setdefault("evaluation", []).extend(scored)
+        for kind in ("steps", "latency"):
+            merged.setdefault(kind, []).extend(getattr(run, kind))
+        merged.setdefault("plans", {}).update({_named(label, name): plan for name, plan in run.plans.items()})
+    return Results(**merged)
+
+
+def _named(label: str, name: str) -> str:
+    """A part's name on a page of several runs."""
+    return name if name == label else f"{label}: {name}"
+
+
+def _joined(tradeoffs: Sequence[Tradeoff]) -> list[Tradeoff]:
+    """Trade-offs of the same saving for the same cost as one, so that several plans are one picture."""
+    found: dict[tuple[str, str], Tradeoff] = {}
+    for each in tradeoffs:
+        key = each.saving, each.cost
+        if key in found:
+            names = {"name": f"{found[key].name} and {each.name}", "points": [*found[key].points, *each.points]}
+            found[key] = found[key].model_copy(update=names)
+        else:
+            found[key] = each
+    return list(found.values())
+
+
+def labels(sources: Sequence[str | Path]) -> list[str]:
+    """A short name for each source: its last part, or as much of the path as tells them apart."""
+    paths = [Path(source) for source in sources]
+    names = [path.stem if path.suffix else path.name for path in paths]
+    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """The one object of a JSON file, or that of a program's last line."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if lines and lines[-1].startswith("{") and lines[-1].endswith("}") and len(lines) > 1:
+            return json.loads(lines[-1])
+    values = files.read_json(path, "run")
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path} is no run, plan or benchmark: give a run directory, a plan or a benchmark's JSON")
+    return values
+
+
+def _unfinished(path: Path) -> dict[str, Any]:
+    begun = files.read_json(path / "run.json", "run")
+    rows = [row for row in Run(path, begun).metrics() if "step" in row and "loss" in row]
+    if not rows:
+        raise InputError(f"run {path} has measured nothing yet: wait for it, or run the same command again to resume")
+    command = f"elision {begun['command']}"
+    losses = [(row["step"], row["loss"]) for row in rows]
+    settings = {"command": command, "state": "not finished", **begun["versions"]}
+    return {"title": command, "settings": settings, "training": [{"name": path.name, "losses": losses}]}
+
+
+def _benchmark(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Timed steps of benchmarks/finetune_step.py; latencies of benchmarks/tp_latency.py and `elision spd bench`."""
+    settings = {name: value for name, value in values.items() if isinstance(value, (str, int, float))}
+    page = {"title": str(values.get("benchmark", path.stem)), "settings": settings}
+    if "rows" in values and "workload" not in next(iter(values["rows"]), {}):
+        return page | {"steps": values["rows"]}
+    latency = []
+    for link in values.get("links", [{"link": "this machine", **values}]):
+        whole = {row["workload"]: row["ms"] for row in link["rows"] if row["variant"] == "all syncs"}
+        for row in link["rows"]:
+            ideal, base = row.get("ideal_ms"), whole.get(row["workload"])
+            if "saved_ms" in row:  # there the ideal is a saving, here it is a time
+                ideal = base - ideal if ideal and base is not None else None
+            named = {"variant": row["variant"], "phase": row["workload"], "link": link["link"], "ms": row["ms"]}
+            latency.append({**named, "ranks": values.get("ranks", 0), "ideal_ms": ideal})
+    return page | {"latency": latency}
+
+
+def _sync_plan(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    found = values.get("calibration")
+    if found is None:
+        raise InputError(
+            f"plan {path} was made by hand, nothing was measured: calibrate one with elision spd calibrate"
+        )
+    dense = found["perplexities"][0]
+    ranks = {
+        "ranks": values["ranks"],
+        "sensitivities": [100 * value / dense for value in found["sensitivities"]],
+        "order": found["order"],
+        "perplexities": found["perplexities"],
+        "chosen": len(values["dropped"]),
+    }
+    model = {
+        "model": path.stem,
+        "text": "the calibration text",
+        "tokens": 0,
+        "dense_perplexity": dense,
+        "ranks": [ranks],
+    }
+    return {"title": f"Plan {path.name}", "settings": found["versions"], "spd": [model]}
+
+
+def _sparsity_plan(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    shown = ("selection", "rank", "dense_steps", "rotary_pairs", "dense_outputs", "seed")
+    settings = {name: values[name] for name in shown if name in values}
+    plan = {part: values[part] for part in ("ffn", "qk", "vo")}
+    page = {"title": f"Plan {path.name}", "settings": settings, "plans": {path.stem: plan}}
+    if (found := values.get("calibration")) is None:
+        return page
+    share = {part: [100 * curve[-1] / found["loss"] for curve in found[part]] for part in plan}
+    point = {"name": path.stem, "kind": "chosen", "saving": 1 - found["flops"]["full"]}
+    point["cost"] = found["measured_increase"] / found["loss"]
+    return page | {
+        "settings": {**settings, "budget": found["budget"], "limit": found["limit"], **found["versions"]},
+        "layers": [{"name": f"{path.stem}, sparsity {found['grid'][-1]:g}", "parts": share}],
+        "tradeoffs": [{"name": path.stem, "saving": "LoRA's FLOPs", "cost": "loss", "points": [point]}],
+    }

@@ -1,0 +1,282 @@
+"""Several runs, plans and benchmarks become one page; a real browser shows it without a complaint."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from elision import report, runs
+from elision.cli import app
+from elision.errors import InputError
+from elision.report import measured, sources, tables, verdict
+from elision.report.results import Bounds, Measure, check
+
+MEASURES = [
+    {
+        "task": "text",
+        "metric": "perplexity",
+        "value": 3.31,
+        "low": 3.1,
+        "high": 3.5,
+        "count": 4096,
+        "better": "lower",
+        "baseline": 3.3,
+        "change": {"value": 0.0031, "low": 0.001, "high": 0.005},
+        "relative": True,
+    },
+    {
+        "task": "elision_addsub",
+        "metric": "exact_match",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "count": 100,
+        "baseline": 0.52,
+        "change": {"value": -0.02, "low": -0.06, "high": 0.02},
+    },
+    {"task": "text", "metric": "KL to the baseline, nats", "value": 0.0002, "count": 4096, "better": "lower"},
+]
+EVERYTHING: dict[str, Any] = {
+    "training": [{"name": "SparseLoRA", "losses": [[step, 2.0 / step] for step in range(1, 80)]}],
+    "evaluation": MEASURES,
+    "tradeoffs": [
+        {
+            "name": "SparseLoRA",
+            "saving": "FLOPs",
+            "cost": "loss",
+            "points": [
+                {"name": "a", "saving": 0.2, "cost": 0.001},
+                {"name": "b", "saving": 0.3, "cost": 0.02},
+                {"name": "c", "saving": 0.4, "cost": 0.01, "low": 0.005, "high": 0.02, "kind": "chosen"},
+                {"name": "random channels", "saving": 0.4, "cost": 0.05, "kind": "control"},
+            ],
+        }
+    ],
+    "layers": [{"name": "SparseLoRA", "parts": {"ffn": [3.0, 0.1, 0.3], "qk": [1.0, 0.0, -0.1]}, "bounds": [0.2, 2]}],
+    "plans": {"chosen": {"ffn": [0, 0.9, 0.9], "qk": [0, 0.5, 0.5], "vo": [0, 0.5, 0.5]}},
+    "steps": [
+        {"variant": "hf-lora", "shape": "S1", "output_share": 0.25, "step_ms": 400.0, "speedup": 1.0, "ideal": 1.0},
+        {
+            "variant": "sparse + lossless",
+            "shape": "S1",
+            "output_share": 0.25,
+            "step_ms": 160.0,
+            "speedup": 2.5,
+            "ideal": 2.9,
+            "peak_mb": 900,
+            "breakdown": {"attention": 60.0, "base products": 70.0, "adapters": 30.0},
+        },
+    ],
+    "latency": [
+        {"variant": "all syncs", "phase": "decode", "link": "loopback", "ranks": 2, "ms": 17.1},
+        {"variant": "none", "phase": "decode", "link": "loopback", "ranks": 2, "ms": 13.6, "ideal_ms": 13.5},
+        {"variant": "none", "phase": "decode", "link": "1 Gbit", "ranks": 2, "ms": 20.6, "ideal_ms": 19.5},
+    ],
+}
+PLOTS = {
+    "training",
+    "perplexity-change",
+    "task-changes",
+    "tradeoff-1",
+    "layers-1",
+    "plan-1",
+    "steps-1",
+    "breakdown-1",
+    "latency-1",
+}
+PLAN = {
+    "version": 1,
+    "ranks": 4,
+    "dropped": [1, 2],
+    "calibration": {
+        "data": "x",
+        "sensitivities": [0.9, 0.01, 0.02],
+        "order": [1, 2, 0],
+        "perplexities": [3.0, 3.003, 3.009, 3.9],
+        "versions": {"torch": "2.13.0"},
+    },
+}
+
+
+def put(path: Path, values: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("report")
+    put(place / "run" / "results.json", {"title": "everything", "settings": {"seed": 3}, **EVERYTHING})
+    put(place / "plan.json", PLAN)
+    said = CliRunner().invoke(
+        app, ["report", str(place / "run"), str(place / "plan.json"), "--out", str(place / "page")]
+    )
+    assert said.exit_code == 0, said.output
+    return place / "page" / "report.html"
+
+
+def test_every_measurement_is_drawn_in_three_forms(page: Path) -> None:
+    drawn = {path.stem for path in (page.parent / "plots").glob("*.png")}
+    assert drawn == PLOTS | {"sensitivity-1", "dropping-1"}
+    assert {path.stem for path in (page.parent / "plots").glob("*.csv")} == drawn
+    text = page.read_text()
+    assert set(re.findall(r'<figure id="plot-([^"]+)"', text)) == drawn
+    assert text.count("<svg") == len(drawn) == text.count("<desc id=")
+
+
+def test_settings_say_whose_they_are(page: Path) -> None:
+    text = page.read_text()
+    assert "<dt>run: seed</dt><dd>3</dd>" in text and "<dt>plan: torch</dt><dd>2.13.0</dd>" in text
+
+
+def test_the_verdict_names_what_was_compared() -> None:
+    assert verdict.headline(check({"evaluation": MEASURES})) == (
+        "Perplexity on text is 3.3100, +0.31% against the baseline (95% interval +0.10% to +0.50%: worse)."
+    )
+    best = verdict.headline(check({"steps": EVERYTHING["steps"]}))
+    assert "A step of sparse + lossless at S1 is 2.50 times as fast, where the counted operations allow 2.90" in best
+    tradeoff = verdict.headline(check({"tradeoffs": EVERYTHING["tradeoffs"]}))
+    assert tradeoff == "SparseLoRA leaves out 40.0% of FLOPs for +1.00% loss."
+
+
+@pytest.mark.parametrize(
+    ("change", "better", "expected"),
+    [
+        ({"value": 0.1, "low": 0.05, "high": 0.2}, "lower", "worse"),
+        ({"value": 0.1, "low": 0.05, "high": 0.2}, "higher", "better"),
+        ({"value": -0.1, "low": -0.2, "high": -0.05}, "lower", "better"),
+        ({"value": 0.1, "low": -0.05, "high": 0.2}, "higher", "cannot be told apart"),
+        ({"value": 0.1}, "higher", "cannot be told apart"),
+    ],
+)
+def test_a_difference_is_judged_by_its_interval(change: dict[str, float], better: Any, expected: str) -> None:
+    is_ = Measure(task="t", metric="m", value=1.0, better=better, change=Bounds(**change))
+    assert verdict.judged(is_) == expected
+
+
+def test_the_table_holds_every_number() -> None:
+    table = tables.evaluation([Measure.model_validate(row) for row in MEASURES])
+    assert len(table.columns) == len(table.numeric) == len(table.rows[0]) == 9
+    assert [row[2].value for row in table.rows] == [3.31, 0.5, 0.0002]
+    assert [row[-1].text for row in table.rows] == ["worse", "cannot be told apart", "–"]
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [(0.2, 1.0), (0.3, 3.0), (0.4, 2.0), (0.5, 9.0), (0.5, 8.0), (0.1, 1.0)]
+    assert measured.front(points) == [(0.2, 1.0), (0.4, 2.0), (0.5, 8.0)]
+
+
+def test_a_run_that_goes_on_shows_its_loss(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), runs.opened(place, "sparselora train", {"seed": 1}) as run:
+        run.metric(step=1, loss=2.0)
+        run.metric(step=5, loss=1.5)
+        raise KeyboardInterrupt
+    text = report.write(place).read_text()
+    assert "went from 2.000 to 1.500 in 5 steps" in text and "not finished" in text
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put(tmp_path / name / "run" / "results.json", {"training": EVERYTHING["training"]})
+    given = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    found = sources.together(
+        [(label, sources.load(run)) for label, run in zip(sources.labels(given), given, strict=True)]
+    )
+    assert [run.name for run in found.training] == [f"{place}: SparseLoRA" for place in given]
+
+
+def test_what_a_benchmark_printed(tmp_path: Path) -> None:
+    path = tmp_path / "bench.txt"
+    path.write_text("variant  ms\nlora  400\n" + json.dumps({"benchmark": "steps", "rows": EVERYTHING["steps"]}) + "\n")
+    assert [row.variant for row in sources.load(path).steps] == ["hf-lora", "sparse + lossless"]
+
+
+def test_sources_that_cannot_be_shown(tmp_path: Path) -> None:
+    plan = put(tmp_path / "plan.json", {"version": 1, "ranks": 2, "dropped": [1]})
+    with pytest.raises(InputError, match="made by hand"):
+        report.write(plan, tmp_path / "page")
+    with pytest.raises(InputError, match="is no run, plan or benchmark"):
+        report.write(put(tmp_path / "x.json", {"a": 1}), tmp_path / "page")
+    with pytest.raises(InputError, match="has no place of its own"):
+        report.write(put(tmp_path / "p.json", PLAN))
+    assert not (tmp_path / "page").exists()
+
+
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium here: the page is looked at in a browser only where one is installed")
+    return found
+
+
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desk"])
+def test_a_browser_shows_it_without_a_complaint(page: Path, tmp_path: Path, width: int) -> None:
+    shot = tmp_path / "page.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--hide-scrollbars"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600", f"--screenshot={shot}"]
+    done = subprocess.run([browser(), *options, page.as_uri()], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line or "Refused to" in line]
+    assert complaints == []
+    assert shot.stat().st_size > 20_000  # something was painted
+
+
+SPARSITY = {
+    "ffn": [0.0, 0.9],
+    "qk": [0.0, 0.5],
+    "vo": [0.0, 0.5],
+    "calibration": {
+        "loss": 2.0,
+        "grid": [0.5, 0.9],
+        "ffn": [[0.1, 0.4], [0.0, 0.01]],
+        "qk": [[0.1, 0.2], [0.0, 0.01]],
+        "vo": [[0.1, 0.2], [0.0, 0.01]],
+        "measured_increase": 0.02,
+        "flops": {"full": 0.6},
+        "budget": "flops",
+        "limit": 0.6,
+        "versions": {"torch": "2.13.0"},
+    },
+}
+
+
+PLANS = (("Dear", "40.0"), ("cheap", "60.0"))
+
+
+def test_calibrated_plans_are_one_picture(tmp_path: Path) -> None:
+    cheap = {**SPARSITY, "calibration": {**SPARSITY["calibration"], "flops": {"full": 0.4}}}
+    given = [put(tmp_path / "dear.json", SPARSITY), put(tmp_path / "cheap.json", cheap)]
+    found = sources.together([(path.stem, sources.load(path)) for path in given])
+    (tradeoff,) = found.tradeoffs
+    assert [(point.name, round(point.saving, 3), point.cost) for point in tradeoff.points] == [
+        ("dear", 0.4, 0.01),
+        ("cheap", 0.6, 0.01),
+    ]
+    assert found.layers[0].parts["ffn"] == [20.0, 0.5]
+    dear, cheap = (f"{name} leaves out {share}% of LoRA's FLOPs for +1.00% loss" for name, share in PLANS)
+    assert verdict.headline(found) == f"{dear} and {cheap}."
+    assert report.write(given, tmp_path / "page").is_file()
+
+
+def test_latencies_are_shown_against_their_ideal(tmp_path: Path) -> None:
+    rows = [
+        {"workload": "decode", "variant": "all syncs", "ms": 17.0, "saved_ms": 0.0, "ideal_ms": 0.0},
+        {"workload": "decode", "variant": "all dropped", "ms": 13.6, "saved_ms": 3.4, "ideal_ms": 3.5},
+    ]
+    links = {"benchmark": "tp_latency", "links": [{"link": "loopback", "rows": rows}, {"link": "1 Gbit", "rows": rows}]}
+    found = sources.load(put(tmp_path / "bench.json", links)).latency
+    assert [(row.link, row.ideal_ms) for row in found[:2]] == [("loopback", None), ("loopback", 13.5)] and len(
+        found
+    ) == 4
+    rows = [{"workload": "decode", "variant": "plan", "ms": 15.0, "ideal_ms": 14.5}]  # as elision spd bench prints them
+    (alone,) = sources.load(put(tmp_path / "alone.json", {"ranks": 2, "dropped": [1], "rows": rows})).latency
+    assert (alone.ranks, alone.ideal_ms) == (2, 14.5)
