@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -54,12 +55,30 @@ __all__ = [
     "decoder",
     "describe",
     "load_config",
+    "matrix",
     "model_path",
+    "quantised",
     "refusal",
 ]
 
 
 _MATRIX = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # what a quantised weight is not stored in
+
+
+def quantised(base: nn.Module) -> str | None:
+    """How the weight of a linear map is quantised: "nf4", "fp4", torchao's class; None: not, as far as is known."""
+    weight: Any = getattr(base, "weight", None)
+    if type(weight).__name__ == "Params4bit":
+        return str(weight.quant_type)
+    return f"torchao {type(weight).__name__}" if type(weight).__module__.startswith("torchao.") else None
+
+
+def matrix(base: nn.Module) -> Tensor:
+    """(out_features, in_features): the weight of a linear map, dequantised anew where it is quantised."""
+    module: Any = base
+    if quantised(base) is None:
+        return module.weight
+    return dequantize_module_weight(module).detach().reshape(module.out_features, module.in_features)
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,12 @@ class Projection:
                 "load the model without quantisation"
             )
         return weight if self.rows is None else weight[self.rows]
+
+    @property
+    def matrix(self) -> Tensor:
+        """(out_features, in_features): `weight`, or what a quantised base stands for, dequantised anew."""
+        whole = matrix(self.base)
+        return whole if self.rows is None else whole[self.rows]
 
     @property
     def bias(self) -> Tensor | None:

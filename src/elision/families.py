@@ -51,6 +51,7 @@ class Family:
     norms: NormPlacement = "pre"
     attention_norms: Names = ("input_layernorm", None)  # before, after
     mlp_norms: Names = ("post_attention_layernorm", None)
+    unit_offset: bool = False  # RMS norms hold their weight less one
     qk_norms: bool = False
     rotary: bool = True
     window: Literal["none", "all", "by layer type"] = "none"  # the blocks that config.sliding_window applies to
@@ -60,6 +61,7 @@ class Family:
 
 _SANDWICH = Family(
     "",
+    unit_offset=True,
     activation=("act_fn", "hidden_activation"),
     norms="sandwich",
     attention_norms=("input_layernorm", "post_attention_layernorm"),
@@ -74,7 +76,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral", window="all"),
     "qwen2": Family("Qwen2", window="by layer type"),
     "qwen3": Family("Qwen3", qk_norms=True, window="by layer type"),
-    "gemma": Family("Gemma"),
+    "gemma": Family("Gemma", unit_offset=True),
     "gemma2": replace(_SANDWICH, name="Gemma 2"),
     "gemma3_text": _GEMMA3,
     "gemma3": _GEMMA3,  # with a vision tower: the view is of its text model

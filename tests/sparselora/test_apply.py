@@ -360,7 +360,9 @@ def test_refusals_name_what_is_wrong_and_change_nothing() -> None:
     refused(model, "plan.json", r"plan is a str, not a SparsityPlan: use SparsityPlan.load\(path\)")
     refused(nn.Linear(2, 2), plan, "Linear is not a transformers causal language model")
     refused(tiny.base(), plan, "no LoRA adapter to train: add one with peft.get_peft_model")
-    refused(tiny.peft_model(tiny.base(), LoraConfig(target_modules=["q_proj"], use_dora=True)), plan, "DoraLinear")
+    dropping = LoraConfig(target_modules=["q_proj"], use_dora=True, lora_dropout=0.1)
+    named = "q_proj of layer 0 has adapter 'default' with DoRA and lora_dropout"
+    refused(tiny.peft_model(tiny.base(), dropping), plan, named)
     ia3 = tiny.peft_model(tiny.base(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     refused(ia3, plan, "no LoRA adapter to train")
     opt = tiny.lora("opt")
@@ -397,7 +399,11 @@ def test_a_base_that_is_no_plain_linear_map_is_refused() -> None:
     plan = tiny.plan(model, selection="random", parts=("ffn",))
     holder, attribute = blocks.decoder(model).blocks[1].up.slot
     setattr(holder, attribute, Quantised(32, 40, bias=False))
-    refused(model, plan, "up_proj of layer 1 is Quantised, not a plain nn.Linear: load the model unquantised")
+    refused(
+        model,
+        plan,
+        "up_proj of layer 1 is Quantised, not a plain nn.Linear: load the model unquantised, or in bitsandbytes",
+    )
     sparsify(model, tiny.plan(model, selection="random", parts=("qk", "vo"))).remove()  # not touched there
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from elision.errors import InputError
 from elision.sparselora import Elisions, SparsityPlan, lossless, mlp, rows, sparsify
 from tests.sparselora import tiny
 
-COVERED = ["llama", "llama-mha", "mistral", "qwen2", "qwen3", "granite", "phi3"]
+COVERED = tiny.FAMILIES
 TARGETS = {
     "all": tiny.ALL,
     "attention": tiny.ATTENTION,
     "q and v": r".*\.(q_proj|v_proj|qkv_proj)",
-    "mlp": r".*\.(up_proj|down_proj|gate_up_proj)",
-    "layer 1": r".*\.1\..*\.(q_proj|o_proj|qkv_proj|gate_proj)",
+    "mlp": r".*\.(up_proj|down_proj|gate_up_proj|fc1|fc2)",
+    "layer 1": r".*\.1\..*\.(q_proj|o_proj|out_proj|qkv_proj|gate_proj)",
 }
 Result = tuple[Tensor, dict[str, Tensor]]
 
@@ -202,9 +203,9 @@ def test_context_rows_compute_kept_channels_only(monkeypatch: pytest.MonkeyPatch
     widths: list[tuple[int, int]] = []
     right = mlp._hidden
 
-    def measured(gate_up: Tensor, activation: Any) -> Tensor:
-        widths.append((len(gate_up), gate_up.shape[1] // 2))
-        return right(gate_up, activation)
+    def measured(z: Tensor, frozen: mlp.MLP) -> Tensor:
+        widths.append((len(z), z.shape[1] // 2))
+        return right(z, frozen)
 
     monkeypatch.setattr(mlp, "_hidden", measured)
     model, inputs = tiny.lora("llama", tiny.ATTENTION), tiny.batch()
@@ -320,7 +321,7 @@ def test_weights_are_not_copied() -> None:
         model(**turns())
         assert held() == before
         assert handle._fast is not None
-        ours = {t.untyped_storage().data_ptr() for w in handle._fast.layout.weights for t in vars(w).values()}
+        ours = {m().untyped_storage().data_ptr() for w in handle._fast.layout.weights for m in vars(w).values()}
         assert ours <= {p.untyped_storage().data_ptr() for p in model.parameters()} and len(ours) == 8
 
 
@@ -383,14 +384,14 @@ def test_eval_generate_and_disabled_adapters_take_the_models_own_way() -> None:
 
 def obstacles() -> dict[str, Any]:
     def dropout(model: Any) -> None:
-        blocks.decoder(model).blocks[0].k.module.lora_dropout["default"] = nn.Dropout(0.1)  # type: ignore[index,operator]
-
-    def second(model: Any) -> None:
-        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))
         model.base_model.set_adapter(["default", "other"])
 
-    def eager(model: Any) -> None:
-        model.get_base_model().set_attn_implementation("eager")
+    def bias(model: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT: the base has no bias to merge it into
+            model.add_adapter("other", LoraConfig(r=2, target_modules=["k_proj"], lora_bias=True))
+        model.set_adapter("other")
 
     def hook(model: Any) -> None:
         blocks.decoder(model).blocks[1].mlp.register_forward_hook(lambda *_: None)
@@ -409,9 +410,8 @@ def obstacles() -> dict[str, Any]:
         module.forward = module.forward
 
     return {
-        "LoRA dropout at k in layer 0": dropout,
-        "adapters default, other at once at q in layer 0": second,
-        "attention implementation eager": eager,
+        "dropout with adapters default, other at once at q in layer 0": dropout,
+        "a bias in an adapter at k in layer 0": bias,
         "a hook on mlp in layer 1": hook,
         "trained parameters of input_layernorm in layer 1": norm,
         "a loss function of its own": own_loss,
@@ -437,13 +437,35 @@ def test_what_is_not_covered_takes_the_reference_by_name(reason: str) -> None:
     assert "forward" not in vars(model.get_base_model())
 
 
-@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in COVERED])
-def test_other_families_take_the_reference_by_name(family: str) -> None:
-    model, inputs = tiny.lora(family), turns()
+def test_eager_attention_is_the_models_own() -> None:
+    for family in ("llama", "mistral", "opt"):
+        model, inputs = tiny.lora(family), BATCHES["holes"]()
+        model.get_base_model().set_attn_implementation("eager")
+        plan = tiny.plan(model)
+        assert tiny.close(run(model, inputs, "fast", plan), run(model, inputs, "reference", plan))
+
+
+def test_what_is_not_a_plain_block_takes_the_reference_by_name() -> None:
+    opt = tiny.lora("opt", dropout=0.1)
+    with sparsify(opt, tiny.plan(opt)) as handle:
+        opt(**turns())
+        assert handle.paths == {"reference (dropout in the model)": 1}
+    opt = tiny.lora("opt")
+    with sparsify(opt, tiny.plan(opt)) as handle:
+        opt(**packed())
+        assert handle.paths == {"reference (packed rows, which this family's attention does not tell apart)": 1}
+    model = tiny.lora()
     with sparsify(model, tiny.plan(model)) as handle:
-        result = tiny.loss_and_gradients(model, **inputs)
-        assert list(handle.paths) == [f"reference ({blocks.decoder(model).family.name} blocks)"]
-    assert tiny.close(run(model, inputs, "reference", tiny.plan(model)), result, 0.0)
+        model.get_base_model().config._attn_implementation = "flash_attention_2"  # seen before any forward of it
+        assert handle._fast is not None
+        assert handle._fast.obstacle() == "attention implementation flash_attention_2"
+
+
+@pytest.mark.parametrize("size", [32, 24], ids=["OPT-350m's norms", "and narrow embeddings"])
+def test_norms_behind_the_residual(size: int) -> None:
+    model, inputs = tiny.lora("opt", do_layer_norm_before=False, word_embed_proj_dim=size), turns()
+    plan = tiny.plan(model)
+    assert tiny.close(run(model, inputs, "fast", plan), run(model, inputs, "reference", plan))
 
 
 def test_calls_that_ask_for_more_take_the_reference_by_name() -> None:

@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, silu
 
 from elision.sparselora import linear as fast_linear
+from elision.sparselora import norms
 from elision.sparselora.attend import from_grid, rotate, to_grid
 from elision.sparselora.head import head_loss
-from elision.sparselora.linear import Adapters, Norm, linear_residual, norm_linear
-from elision.sparselora.mlp import GatedMLP, mlp_residual
+from elision.sparselora.linear import linear_residual, norm_linear
+from elision.sparselora.mlp import MLP, mlp_residual
+from elision.sparselora.narrow import Adapters
+from elision.sparselora.norms import Norm
 from elision.sparselora.rows import Rows
 from elision.sparselora.select import mask
 
@@ -81,7 +84,7 @@ def test_norm_linear(sparse: int, count: int | None, outputs: tuple[slice, ...],
         seen.append(x)
         return kept
 
-    y = norm_linear(h, norm, weight, bias, own, sparse, choose)
+    y = norm_linear(h, norm, lambda: weight, bias, own, sparse, choose)
     x = normed(h, norm)
     base = linear(x, weight)
     if kept is not None:
@@ -99,7 +102,7 @@ def test_linear_residual(sparse: int, count: int | None, adapted: bool, biased: 
     bias = rand(HIDDEN) if biased else None
     own, factors = adapters(INNER, *[slice(0, HIDDEN)] * adapted)
     kept = None if count is None else torch.randperm(INNER)[:count].sort().values
-    y = linear_residual(h, z, weight.T.contiguous(), bias, own, 0.7, sparse, kept)
+    y = linear_residual(h, z, lambda: weight.T, bias, own, 0.7, sparse, kept)
     read = z if kept is None else z.masked_fill(sparse_rows(sparse) & ~mask(kept, INNER), 0.0)
     assert agree(y, h + 0.7 * (linear(read, weight, bias) + delta(z, own, HIDDEN)), [h, z, *factors])
 
@@ -125,7 +128,7 @@ def mlp_case(
     first, factors = adapters(HIDDEN, *outputs)
     second, more = adapters(INNER, *[slice(0, HIDDEN)] * down)
     kept = None if count is None else torch.randperm(INNER)[:count].sort().values
-    mlp = GatedMLP(norm, gate_up, biases[0], weight.T.contiguous(), biases[1], silu, 0.7)
+    mlp = MLP(norm, lambda: gate_up, biases[0], lambda: weight.T, biases[1], silu, INNER, multiplier=0.7)
     found = mlp_residual(h, mlp, first, second, sparse, lambda x: kept)
     x = normed(h, norm)
     base = linear(x, gate_up, biases[0])
@@ -146,7 +149,7 @@ def test_a_gradient_that_stops_at_pruned_rows_would_show(monkeypatch: pytest.Mon
         return right(total, 0, None)
 
     h, norm, weight = rand(T, HIDDEN, grad=True), Norm(rand(HIDDEN), 1e-5), rand(INNER, HIDDEN)
-    y = norm_linear(h, norm, weight, None, Adapters(), 5, lambda x: torch.tensor([1, 4]))
+    y = norm_linear(h, norm, lambda: weight, None, Adapters(), 5, lambda x: torch.tensor([1, 4]))
     expected = linear(normed(h, norm), weight).masked_fill(sparse_rows(5) & ~mask(torch.tensor([1, 4]), INNER), 0.0)
     assert agree(y, expected, [h])
     monkeypatch.setattr(fast_linear, "spans", dense_first)  # backward runs after this
@@ -156,15 +159,16 @@ def test_a_gradient_that_stops_at_pruned_rows_would_show(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("grad", [False, True], ids=["no input gradient", "input gradient"])
 def test_no_input_gradient_is_computed_where_none_is_asked_for(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    right = fast_linear.rms_norm_backward
+    right = norms.backward
 
     def counted(*args: Any) -> Tensor:
         calls.append(1)
         return right(*args)
 
-    monkeypatch.setattr(fast_linear, "rms_norm_backward", counted)
+    monkeypatch.setattr(norms, "backward", counted)
     own, _ = adapters(HIDDEN, slice(0, INNER))
-    norm_linear(rand(T, HIDDEN, grad=grad), Norm(rand(HIDDEN), 1e-5), rand(INNER, HIDDEN), None, own).sum().backward()
+    h, weight = rand(T, HIDDEN, grad=grad), rand(INNER, HIDDEN)
+    norm_linear(h, Norm(rand(HIDDEN), 1e-5), lambda: weight, None, own).sum().backward()
     assert len(calls) == grad
 
 

@@ -45,11 +45,11 @@ from elision import blocks
 from elision.errors import InputError
 from elision.sparselora import tokens
 from elision.sparselora.choices import BlockChoices, Kept, SparseBatch
-from elision.sparselora.coverage import active_names, check_model, idle
+from elision.sparselora.coverage import active_names, check_adapters, check_model, idle
 from elision.sparselora.factors import Factors, estimated
 from elision.sparselora.fast import Fast, Step
 from elision.sparselora.plan import ModelFacts, SparsityPlan
-from elision.sparselora.reference import MaskedLinear
+from elision.sparselora.reference import ABSENT, MaskedLinear, masked
 from elision.sparselora.rows import Elisions, arrange
 from elision.sparselora.standin import StandIn, eagerly
 from elision.sparselora.tokens import TokenKinds
@@ -184,14 +184,14 @@ class SparseHandle:
         if self._fast is not None:
             self._fast.remove()
         self._fast = self._step = None
-        originals = {id(masked): base for _, _, base, masked in self._exchanged}
+        originals = {id(stand_in): base for _, _, base, stand_in in self._exchanged}
         holders = [holder for holder, *_ in self._exchanged]
         for module in [*self._view.model.modules(), *holders]:  # merging moves a base; its old holder keeps it too
             for name, child in list(module.named_children()):
                 if id(child) in originals:
                     setattr(module, name, originals[id(child)])
-        for _, _, base, masked in self._exchanged:
-            base.training = masked.training
+        for _, _, base, stand_in in self._exchanged:
+            base.training = stand_in.training
         self._exchanged.clear()
         self._batch = self._latest = None
 
@@ -235,9 +235,11 @@ class SparseHandle:
                     maps.setdefault(projection.slot, {})[name] = projection.rows
             for (holder, attribute), projections in maps.items():
                 base = getattr(holder, attribute)
-                masked = MaskedLinear(base, choices, projections)
-                self._exchanged.append((holder, attribute, base, masked))
-                setattr(holder, attribute, masked)
+                stand_in = masked(base, choices, projections)
+                self._exchanged.append((holder, attribute, base, stand_in))
+                setattr(holder, attribute, stand_in)
+                if base.bias is not None and not projections.keys().isdisjoint(ABSENT):
+                    self._hooks.append(stand_in.wrapper.register_forward_hook(stand_in.without_bias))
             self._hooks.append(block.attention.register_forward_pre_hook(partial(_open, choices), with_kwargs=True))
 
     def _stand_in(self, elisions: Elisions) -> None:
@@ -351,6 +353,7 @@ class SparseHandle:
         rows = kinds.kept if self.plan.dense_outputs else (kinds.context | kinds.dense) & ~kinds.elided
         if not bool(rows.any()):
             return kinds, None, "no context token before an output token"
+        check_adapters(self._view, self.plan)
         return kinds, rows, ""
 
     def _warn_unlabelled(self) -> None:

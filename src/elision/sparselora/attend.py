@@ -6,6 +6,7 @@ whole rows (a generic index_select would add up row by row), and the opposite ro
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -16,17 +17,34 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from elision.sparselora.rows import Rows
 
 
-def attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
-    """(T, heads, head_dim): causal attention of `rows` within their segments, by transformers' SDPA function.
+def attend(
+    attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, rows: Rows, window: int | None, implementation: str = "sdpa"
+) -> Tensor:
+    """(T, heads, head_dim): causal attention of `rows` within their segments, by the model's own function.
 
     q is (T, heads, head_dim) or, where only the last rows ask, (their number, heads, head_dim); k and v are
-    (T, kv heads, head_dim). `mask` is from `window_mask`; `attention` has the scaling.
+    (T, kv heads, head_dim). `window` is how many tokens a query sees, itself included; `attention` has the scaling,
+    and the cap of the logits that some models (Gemma 2) have beside it. `implementation` is "sdpa" or "eager".
     """
     grids = [to_grid(x, rows).transpose(1, 2) for x in (q, k, v)]
-    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     scaling = getattr(attention, "scaling", None)
-    out, _ = function(attention, *grids, mask, dropout=0.0, scaling=scaling, is_causal=mask is None)
+    mask = window_mask(rows, window)
+    if implementation == "sdpa":
+        function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        out, _ = function(attention, *grids, mask, dropout=0.0, scaling=scaling, is_causal=mask is None)
+    else:
+        mask = causal(rows) if mask is None else mask
+        added = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+        added.masked_fill_(~mask, torch.finfo(q.dtype).min)
+        function = sys.modules[type(attention).__module__].eager_attention_forward
+        softcap = getattr(attention, "attn_logit_softcapping", None)
+        out, _ = function(attention, *grids, added, dropout=0.0, scaling=scaling, softcap=softcap)
     return from_grid(out, rows, len(q))
+
+
+def causal(rows: Rows) -> Tensor:
+    """(1, 1, length, length), True where a query sees a key."""
+    return torch.ones(rows.length, rows.length, dtype=torch.bool, device=rows.columns.device).tril()[None, None]
 
 
 def window_mask(rows: Rows, window: int | None) -> Tensor | None:
@@ -34,8 +52,7 @@ def window_mask(rows: Rows, window: int | None) -> Tensor | None:
     if window is None or (window >= rows.length and len(rows.columns) == 1):
         return None
     distance = rows.columns[:, :, None] - rows.columns[:, None, :]
-    causal = torch.ones(rows.length, rows.length, dtype=torch.bool, device=distance.device).tril()
-    return ((distance < window) & causal)[:, None]
+    return (distance < window)[:, None] & causal(rows)
 
 
 def to_grid(x: Tensor, rows: Rows) -> Tensor:

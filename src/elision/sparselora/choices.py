@@ -107,7 +107,7 @@ class BlockChoices:
         """Scores of the channels of `part` without looking at tokens."""
         block = self.block
         norms = {
-            name: estimator.weight_norms(block.projections[name].weight)
+            name: estimator.weight_norms(block.projections[name].matrix)
             for name in PROJECTIONS[part]
             if name in SCORED and name in block.projections
         }
@@ -121,12 +121,12 @@ class BlockChoices:
         if projection is None or self.plan.sparsity(self.block.index, name) == 0:
             return None
         if self.plan.selection in ("oracle", "sampled"):
-            return estimator.Exact(lambda: projection.weight, lambda: projection.bias)
+            return estimator.Exact(lambda: projection.matrix, lambda: projection.bias)
         if not estimated(self.plan, self.block.index, name):
             return None
         assert factors is not None
         b, a = factors.pairs[f"layers.{self.block.index}.{name}"]
-        device = projection.weight.device
+        device = projection.base.weight.device
         return estimator.LowRank(b.to(device), a.to(device), lambda: projection.bias)
 
 

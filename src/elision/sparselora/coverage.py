@@ -1,6 +1,7 @@
 """What SparseLoRA can make sparse: a model and its adapters are checked before anything is changed.
 
-`check_model` refuses by name; `idle` says why a forward has nothing to train.
+`check_model` and, before every sparse forward, `check_adapters` refuse by name; `idle` says why a forward has nothing
+to train.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import nn
 
 from elision import blocks
 from elision.errors import InputError
-from elision.sparselora.adapters import active
+from elision.sparselora.adapters import DORA, active, variants
 from elision.sparselora.plan import SparsityPlan
 from elision.sparselora.reference import MaskedLinear
 
@@ -56,18 +57,43 @@ def check_model(view: blocks.Decoder, plan: SparsityPlan) -> None:
             )
         for name, projection in block.projections.items():
             if plan.sparsity(block.index, name) > 0:
-                _check_projection(f"{projection.attribute} of layer {block.index}", projection)
+                _check_base(f"{projection.attribute} of layer {block.index}", projection.base)
+    check_adapters(view, plan)
 
 
-def _check_projection(where: str, projection: blocks.Projection) -> None:
+def check_adapters(view: blocks.Decoder, plan: SparsityPlan) -> None:
+    """Raise InputError where a pruned projection has an adapter that the method does not cover. Asked before every
+    sparse forward: adapters come and go.
+    """
+    for block in view.blocks:
+        for name, projection in block.projections.items():
+            if plan.sparsity(block.index, name) > 0:
+                _check_adapter(f"{projection.attribute} of layer {block.index}", projection)
+
+
+def _check_adapter(where: str, projection: blocks.Projection) -> None:
     module: Any = projection.module
     while isinstance(module, BaseTunerLayer):
         if not isinstance(module, LoraLayer):
             raise InputError(f"{where} has a {type(module).__name__} adapter: SparseLoRA covers LoRA, use LoraConfig")
-        if variants := [name for name in active(module) if name in module.lora_variant]:
-            kind = type(module.lora_variant[variants[0]]).__name__
-            raise InputError(f"{where} has adapter '{variants[0]}' of kind {kind}: SparseLoRA covers plain LoRA")
+        for name, kind in variants(module).items():
+            if kind != DORA:
+                raise InputError(f"{where} has adapter '{name}' of kind {kind}: SparseLoRA covers LoRA and DoRA")
+            if getattr(module.lora_dropout[name], "p", 0.0):
+                raise InputError(
+                    f"{where} has adapter '{name}' with DoRA and lora_dropout, where PEFT takes a second base product "
+                    "that cannot be masked: set lora_dropout=0"
+                )
         module = module.base_layer
-    if type(module) is not nn.Linear or module.weight.is_meta:
-        kind = "offloaded" if isinstance(module, nn.Linear) and module.weight.is_meta else type(module).__name__
-        raise InputError(f"{where} is {kind}, not a plain nn.Linear: load the model unquantised and on one device")
+
+
+def _check_base(where: str, base: nn.Module) -> None:
+    kind = blocks.quantised(base)
+    if isinstance(base, nn.Linear) and base.weight.is_meta:
+        raise InputError(f"{where} is offloaded, not a plain nn.Linear: load the model on one device")
+    if kind in ("nf4", "fp4") or (type(base) is nn.Linear and kind != "torchao int4"):
+        return
+    raise InputError(
+        f"{where} is {kind or type(base).__name__}, not a plain nn.Linear: load the model unquantised, or in "
+        "bitsandbytes' 4 bits"
+    )

@@ -61,7 +61,7 @@ class Factors:
             with resident(block.layer):
                 for name, projection in block.projections.items():
                     if name in SCORED and (plan is None or estimated(plan, block.index, name)):
-                        pairs[f"layers.{block.index}.{name}"] = estimator.truncated_svd(projection.weight, rank)
+                        pairs[f"layers.{block.index}.{name}"] = estimator.truncated_svd(projection.matrix, rank)
         return cls(rank, fingerprint(view), pairs)
 
     @classmethod
@@ -98,7 +98,7 @@ class Factors:
             for name, projection in block.projections.items():
                 if (block.index, name) in wanted:
                     moment = moments[block.index, name in ("gate", "up")]
-                    pairs[f"layers.{block.index}.{name}"] = estimator.whitened_svd(projection.weight, moment, rank)
+                    pairs[f"layers.{block.index}.{name}"] = estimator.whitened_svd(projection.matrix, moment, rank)
         return cls(rank, fingerprint(view), pairs, "whitened")
 
     def check(self, view: blocks.Decoder, plan: SparsityPlan) -> None:
@@ -220,7 +220,7 @@ def fingerprint(view: blocks.Decoder) -> str:
         with resident(block.layer):
             for name, projection in block.projections.items():
                 if name in SCORED:
-                    weight = projection.weight.detach()
+                    weight = projection.matrix.detach()
                     digest.update(json.dumps([block.index, name, *weight.shape]).encode())
                     entries = weight.reshape(-1)[:: max(1, weight.numel() // _SAMPLE)]
                     digest.update(entries.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())

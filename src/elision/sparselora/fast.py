@@ -1,9 +1,10 @@
 """The fast step: the loss of a whole decoder over rows (rows.py), equal to the masked-dense reference.
 
-The stack's forward is written out once more, for families that share Llama's block: embeddings of the rows that count,
-per block norm + QKV, attention, O + residual, norm + MLP + residual (linear.py, mlp.py), then final norm, head and loss
-at the rows that bear it (head.py). All parts that carry a model's own ideas are the model's own modules and functions:
-embeddings, rotary angles, q/k norms, attention function, final norm, activation.
+The stack's forward is written out once more, for the blocks that blocks.py describes: embeddings of the rows that
+count, per block norm + QKV, attention, O + residual, norm + MLP + residual (linear.py, mlp.py), then final norm, head
+and loss at the rows that bear it (head.py). Norms stand where the family has them: before a part, behind it or both.
+All parts that carry a model's own ideas are the model's own modules and functions: embeddings and positions, rotary
+angles, q/k norms, attention function, norms behind a part, final norm, activation.
 
 What it does not cover it names (obstacles.py), and the caller takes the reference instead. Nothing is remembered
 between steps but the weights' layout, so what changes meanwhile is seen by the next forward.
@@ -13,22 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from elision.blocks import Block, Decoder
-from elision.sparselora.adapters import stacked
-from elision.sparselora.attend import attend, rotate, window_mask
+from elision.sparselora.adapters import Masks, draw, stacked
+from elision.sparselora.attend import attend, rotate
 from elision.sparselora.choices import BlockChoices, SparseBatch
 from elision.sparselora.head import head_loss
 from elision.sparselora.layout import BlockWeights, Layout, stacked_bias
-from elision.sparselora.linear import Choose, Norm, linear_residual, norm_linear
-from elision.sparselora.mlp import GatedMLP, mlp_residual
-from elision.sparselora.obstacles import call_obstacle, hooked, model_obstacle
+from elision.sparselora.linear import Choose, linear_residual, norm_linear
+from elision.sparselora.mlp import MLP, mlp_residual
+from elision.sparselora.norms import Norm
+from elision.sparselora.obstacles import call_obstacle, hooked, model_obstacle, row_dtype
 from elision.sparselora.rows import Elisions, Rows
 
 
@@ -67,7 +68,7 @@ class Fast:
     def obstacle(self, call: dict[str, Any] | None = None, labels: Tensor | None = None) -> str | None:
         """Why the model as it is now, or this call of it, takes the reference; None: it does not."""
         return model_obstacle(self.view, self.own) or (
-            call_obstacle(call, labels) if call is not None and labels is not None else None
+            call_obstacle(call, labels, self.view) if call is not None and labels is not None else None
         )
 
     def remove(self) -> None:
@@ -83,106 +84,73 @@ class Fast:
     def hidden(self, step: Step) -> BaseModelOutputWithPast:
         """What the stack of blocks puts out, (batch, sequence, hidden): zeros where no row was computed to its end."""
         step = step.to(self.view.blocks[0].q.base.weight.device)
-        assert self.view.final_norm is not None
         with torch.autocast(step.rows.order.device.type, enabled=False):
-            states = step.spread(self.view.final_norm(self._stack(step)))
+            states = step.spread(self._final(self._stack(step)))
             return BaseModelOutputWithPast(last_hidden_state=states)  # type: ignore[arg-type]
 
     def _stack(self, step: Step) -> Tensor:
         """The rows behind the last block, all of them or those that bear the loss."""
-        view, batch = self.view, step.batch
-        self.layout.refresh()
-        rows, weight = step.rows, view.blocks[0].q.base.weight
-        h = self._embed(step, rows).to(weight.dtype)
+        view, batch, rows = self.view, step.batch, step.rows
+        h = self._embed(step, rows).to(row_dtype(view))
+        self.layout.refresh(h.dtype)
         if not h.requires_grad and _reentrant(view.blocks):
             h.requires_grad_()  # it computes gradients only where an input asks for one
-        cos, sin = self._angles(step, rows, h)
+        angles = self._angles(step, rows, h)
         last = len(view.blocks) - 1 if step.elisions.last_block else -1
         if batch is not None and rows.sparse > rows.total - rows.bearing:
             last = -1  # the ablation with sparse outputs, where every row has a say in the last block's channels
-        for block, weights in zip(view.blocks, self.layout.weights, strict=True):
-            assert weights is not None
+        for block, weights, choices in zip(view.blocks, self.layout.weights, self.choices, strict=True):
             asked = rows.bearing if block.index == last else rows.total
-            run = partial(self._block, block, weights, rows=rows, asked=asked, angles=(cos, sin), batch=batch)
+            masks = draw(block, step.shape, rows.order)
+            run = _Pass(block, view, weights, choices, batch, rows, asked, masks, angles[block.index])
             h = run(h) if (checkpoint := _checkpoint(block)) is None else checkpoint(run, h)
         return h
 
     def _embed(self, step: Step, rows: Rows) -> Tensor:
         view, call = self.view, step.call
+        stack: Any = view.model.get_decoder()
         if call.get("inputs_embeds") is not None:
             h = call["inputs_embeds"].flatten(0, 1).index_select(0, rows.order)
         else:
             h = view.embeddings(call["input_ids"].flatten().index_select(0, rows.order)[None])[0]
             if step.elisions.inputs and not any(p.requires_grad for p in view.embeddings.parameters()):
                 h = h.detach()  # enable_input_require_grads asks for a gradient that nothing reads
+        if getattr(stack, "project_in", None) is not None:
+            h = stack.project_in(h)
+        if hasattr(stack, "embed_positions"):  # learned positions count the tokens that the mask lets through
+            positions, mask = call.get("position_ids"), call.get("attention_mask")
+            if positions is None:
+                mask = torch.ones(step.shape, dtype=torch.long, device=h.device) if mask is None else mask
+                positions = (mask.cumsum(dim=1) * mask - 1).long()
+            positions = positions.expand(step.shape).flatten().index_select(0, rows.order)
+            h = h + stack.embed_positions(mask, 0, position_ids=positions[None])[0]
         multiplier = getattr(view.config, "embedding_multiplier", 1.0)
         return h if multiplier == 1.0 else h * multiplier
 
-    def _angles(self, step: Step, rows: Rows, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (T, rotary_dim) of each row, by the model's own module on the positions of the batch."""
+    def _angles(self, step: Step, rows: Rows, h: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """Of every block: cosines and sines (T, rotary_dim) of each row, by the model's own module on the positions of
+        the batch. A module that knows types of layers (Gemma 3) is asked for each.
+        """
+        view, stack = self.view, cast(Any, self.view.model.get_decoder())
+        if not view.family.rotary:
+            return [None] * len(view.blocks)
         sequence, positions = step.shape[1], step.call.get("position_ids")
         if positions is None:
             positions = torch.arange(sequence, device=h.device)[None]
-        stack: Any = self.view.model.get_decoder()
         place = rows.order if len(positions) > 1 else rows.order % sequence
-        cos, sin = (angle.flatten(0, 1).index_select(0, place) for angle in stack.rotary_emb(h, position_ids=positions))
-        return cos.to(h.dtype), sin.to(h.dtype)
+        by_type = hasattr(stack.rotary_emb, "layer_types")
+        types = view.config.layer_types if by_type else [None] * len(view.blocks)
+        found: dict[str | None, tuple[Tensor, Tensor]] = {}
+        for kind in dict.fromkeys(types):
+            pair = stack.rotary_emb(h, positions, kind) if by_type else stack.rotary_emb(h, position_ids=positions)
+            cos, sin = (angle.flatten(0, 1).index_select(0, place).to(h.dtype) for angle in pair)
+            found[kind] = cos, sin
+        return [found[kind] for kind in types]
 
-    def _block(
-        self,
-        block: Block,
-        weights: BlockWeights,
-        h: Tensor,
-        rows: Rows,
-        asked: int,
-        angles: tuple[Tensor, Tensor],
-        batch: SparseBatch | None,
-    ) -> Tensor:
-        """Output of the last `asked` rows of a block, all of them or dense ones; the others give keys and values."""
-        choices, width, dimension = self.choices[block.index], block.heads * block.head_dim, block.head_dim
-        sparse = rows.sparse
-        still = sparse if asked == rows.total else 0  # sparse rows among those asked
-        norm = _norm(block.attention_norm)
-        bias = stacked_bias([block.q, block.k, block.v])
-        mine = h if asked == rows.total else h[rows.total - asked :]
-
-        def project(x: Tensor, names: tuple[str, ...], low: int, high: int, count: int) -> Tensor:
-            part = slice(low, high)
-            adapters = stacked([block.q, block.k, block.v], h.dtype, low, high)
-            chosen = _choose(choices, batch, names)
-            own = None if bias is None else bias[part]
-            return norm_linear(x, norm, weights.qkv[part], own, adapters, count, chosen)
-
-        if asked == rows.total:
-            y = project(h, ("q", "k", "v"), 0, len(weights.qkv), sparse)
-            query, key_value = y[:, :width], y[:, width:]
-        else:
-            key_value = project(h, ("k", "v"), width, len(weights.qkv), sparse)
-            query = project(mine, ("q",), 0, width, still)
-        q = query.view(asked, block.heads, dimension)
-        k, v = key_value.view(rows.total, 2 * block.kv_heads, dimension).chunk(2, dim=1)
-        q = q if block.q_norm is None else block.q_norm(q)
-        k = k if block.k_norm is None else block.k_norm(k)
-        cos, sin = angles
-        q = rotate(q, cos[rows.total - asked :], sin[rows.total - asked :])
-        z = attend(block.attention, q, rotate(k, cos, sin), v, rows, window_mask(rows, block.sliding_window))
-        kept = batch.kept.get((block.index, "o")) if batch is not None else None
-        out = linear_residual(
-            mine, z.flatten(1), weights.o, block.o.bias, stacked([block.o], h.dtype),
-            block.residual_multiplier, still, kept,
-        )  # fmt: skip
-        assert block.gate is not None
-        mlp = GatedMLP(
-            _norm(block.mlp_norm),
-            weights.gate_up,
-            stacked_bias([block.gate, block.up]),
-            weights.down,
-            block.down.bias,
-            block.activation,
-            block.residual_multiplier,
-        )
-        gate_up, down = stacked([block.gate, block.up], h.dtype), stacked([block.down], h.dtype)
-        return mlp_residual(out, mlp, gate_up, down, still, _choose(choices, batch, ("up",)))
+    def _final(self, h: Tensor) -> Tensor:
+        for module in (self.view.final_norm, self.view.project_out):
+            h = h if module is None else module(h)
+        return h
 
     def _output(self, step: Step, h: Tensor) -> CausalLMOutputWithPast:
         view, labels, items = self.view, step.call.get("labels"), step.call.get("num_items_in_batch")
@@ -197,9 +165,8 @@ class Fast:
             return CausalLMOutputWithPast(loss=loss, logits=logits)
         h, head = h[len(h) - rows.bearing :], view.lm_head
         if type(head) is nn.Linear and "forward" not in vars(head) and not (head.weight.requires_grad or hooked(head)):
-            assert view.final_norm is not None
-            x = view.final_norm(h)
-            total = head_loss(x, head.weight.detach(), head.bias, rows.targets, view.logits_scaling)
+            weight = head.weight.detach()
+            total = head_loss(self._final(h), weight, head.bias, rows.targets, view.logits_scaling, view.logits_softcap)
             count = rows.bearing if items is None else items.to(h.device) if isinstance(items, Tensor) else items
             return CausalLMOutputWithPast(loss=total / count)
         logits = view.logits(h)
@@ -226,6 +193,127 @@ def _reentrant(blocks: tuple[Block, ...]) -> bool:
     return any(getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False for checkpoint in found)
 
 
+@dataclass
+class _Pass:
+    """One block in one forward: the last `asked` rows go through it, all of them or dense ones; the others give keys
+    and values.
+    """
+
+    block: Block
+    view: Decoder
+    weights: BlockWeights
+    choices: BlockChoices
+    batch: SparseBatch | None
+    rows: Rows
+    asked: int
+    masks: Masks
+    angles: tuple[Tensor, Tensor] | None  # of every row; None: no rotation
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """The residual stream (asked, hidden) behind the block, of h (T, hidden)."""
+        return self._mlp(self._attention(h))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row goes through the block."""
+        return self.asked == self.rows.total
+
+    @property
+    def sparse(self) -> int:
+        """Sparse rows among those that go through."""
+        return self.rows.sparse if self.whole else 0
+
+    @property
+    def mine(self) -> slice:
+        """The rows that go through."""
+        return slice(self.rows.total - self.asked, None)
+
+    def _attention(self, h: Tensor) -> Tensor:
+        block, rows, dimension = self.block, self.rows, self.block.head_dim
+        width = block.heads * dimension
+        norm, mine = _frozen(block.attention_norm, self.view, h.dtype), h if self.whole else h[self.mine]
+        stack = [block.q, block.k, block.v]
+        bias = stacked_bias(stack)
+        end = sum(projection.out_features for projection in stack)
+
+        def project(x: Tensor, names: tuple[str, ...], low: int, high: int, chosen: slice, sparse: int) -> Tensor:
+            part = slice(low, high)
+            adapters = stacked(stack, h, self.masks, chosen, low, high)
+            own = None if bias is None else bias[part]
+            choose = _choose(self.choices, self.batch, names)
+            return norm_linear(x, norm, lambda: self.weights.qkv()[part], own, adapters, sparse, choose)
+
+        if self.whole:
+            y = project(h, ("q", "k", "v"), 0, end, slice(None), rows.sparse)
+            query, key_value = y[:, :width], y[:, width:]
+        else:
+            key_value = project(h, ("k", "v"), width, end, slice(None), rows.sparse)
+            query = project(mine, ("q",), 0, width, self.mine, 0)
+        key, value = key_value.chunk(2, dim=1)
+        q, k = _heads(query, block.q_norm, dimension), _heads(key, block.k_norm, dimension)
+        if self.angles is not None:
+            cos, sin = self.angles
+            q, k = rotate(q, cos[self.mine], sin[self.mine]), rotate(k, cos, sin)
+        v, implementation = value.unflatten(1, (-1, dimension)), self.view.config._attn_implementation
+        z = attend(block.attention, q, k, v, rows, block.sliding_window, implementation).flatten(1)
+        kept = self.batch.kept.get((block.index, "o")) if self.batch is not None else None
+        adapters = stacked([block.o], h, self.masks, self.mine)
+        added = block.norms in ("pre", "post")
+        out = linear_residual(
+            mine if added else None, z, self.weights.o, block.o.bias, adapters,
+            block.residual_multiplier, self.sparse, kept,
+        )  # fmt: skip
+        return _after(mine, out, block.attention_post_norm, added)
+
+    def _mlp(self, h: Tensor) -> Tensor:
+        block, added = self.block, self.block.norms in ("pre", "post")
+        stack = [projection for projection in (block.gate, block.up) if projection is not None]
+        mlp = MLP(
+            _frozen(block.mlp_norm, self.view, h.dtype),
+            self.weights.up,
+            stacked_bias(stack),
+            self.weights.down,
+            block.down.bias,
+            block.activation,
+            block.intermediate_size,
+            block.gate is not None,
+            block.residual_multiplier,
+            added,
+        )
+        up = stacked(stack, h, self.masks, self.mine)
+        down = stacked([block.down], h, self.masks, self.mine)
+        choose = _choose(self.choices, self.batch, ("up",))
+        return _after(h, mlp_residual(h, mlp, up, down, self.sparse, choose), block.mlp_post_norm, added)
+
+
+def _heads(x: Tensor, norm: Any, dimension: int) -> Tensor:
+    """(T, heads, dimension), normed head by head or, where the norm is as wide as all heads, together."""
+    if norm is not None and norm.weight.numel() == x.shape[1] != dimension:
+        return norm(x).unflatten(1, (-1, dimension))
+    x = x.unflatten(1, (-1, dimension))
+    return x if norm is None else norm(x)
+
+
+def _after(h: Tensor, out: Tensor, norm: nn.Module | None, added: bool) -> Tensor:
+    """The stream behind a part whose output is `out`: with the stream in it already, or still to be `added` to."""
+    out = out if norm is None else norm(out)
+    return out if added else h + out
+
+
+def _frozen(module: Any, view: Decoder, dtype: torch.dtype) -> Norm | None:
+    """A norm module of the model for rows of `dtype`, as linear.py computes it."""
+    if module is None:
+        return None
+    wide = torch.promote_types(dtype, torch.float32)
+    if isinstance(module, nn.LayerNorm):
+        weight, bias = (None if t is None else t.detach().to(wide) for t in (module.weight, module.bias))
+        return Norm(weight, module.eps, bias, centred=True)
+    weight = module.weight.detach()
+    if view.family.unit_offset:
+        return Norm(1.0 + weight.to(wide), module.eps)
+    return Norm(weight, module.variance_epsilon)
+
+
 def _choose(choices: BlockChoices, batch: SparseBatch | None, names: tuple[str, ...]) -> Choose | None:
     """What tells a map its kept channels, the outputs of the stacked projections `names`; None: it is dense."""
     plan, block, index = choices.plan, choices.block, choices.block.index
@@ -245,7 +333,3 @@ def _choose(choices: BlockChoices, batch: SparseBatch | None, names: tuple[str, 
         return kept[0] if len(kept) == 1 else torch.cat(kept)
 
     return choose
-
-
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight.detach(), module.variance_epsilon)

@@ -17,7 +17,14 @@ from torch.autograd.function import once_differentiable
 _ELEMENTS = 1 << 23  # logits at a time
 
 
-def head_loss(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: float = 1.0) -> Tensor:
+def head_loss(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scaling: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
     """Sum of cross-entropies, a scalar in at least single precision.
 
     Args:
@@ -26,13 +33,22 @@ def head_loss(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
         bias: (vocabulary,) or None.
         targets: (n,) token numbers.
         scaling: logits are divided by it.
+        softcap: then they are bent to softcap * tanh(logits / softcap).
     """
-    return _HeadLoss.apply(rows, weight, bias, targets, scaling)  # type: ignore[return-value]
+    return _HeadLoss.apply(rows, weight, bias, targets, scaling, softcap)  # type: ignore[return-value]
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
         wide = torch.promote_types(rows.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=rows.device)
         needs = ctx.needs_input_grad[0]
@@ -43,12 +59,17 @@ class _HeadLoss(torch.autograd.Function):
             logits = torch.nn.functional.linear(rows[part], weight, bias)
             if scaling != 1.0:
                 logits = logits / scaling
+            bent = None if softcap is None else torch.tanh(logits / softcap)
+            if bent is not None and softcap is not None:
+                logits = bent * softcap
             wanted = targets[part, None]
             log_probability = torch.log_softmax(logits, dim=1, dtype=wide)
             total -= log_probability.gather(1, wanted).sum()
             if grad is not None:
                 probability = log_probability.exp_()
                 probability.scatter_add_(1, wanted, torch.full_like(probability[:, :1], -1.0))
+                if bent is not None:
+                    probability.mul_(1 - bent.to(wide).square())
                 torch.mm(probability.to(rows.dtype), weight, out=grad[part])
         if grad is not None:
             ctx.save_for_backward(grad if scaling == 1.0 else grad.div_(scaling))
@@ -58,4 +79,4 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         (unit,) = ctx.saved_tensors
-        return (unit * grad).to(unit.dtype), None, None, None, None
+        return (unit * grad).to(unit.dtype), None, None, None, None, None

@@ -3,11 +3,14 @@
 A pruned product gathers channels of a weight in every step. As rows they are contiguous runs; as columns, one number
 at a time. So each block's frozen weights move into four storages,
 
-    qkv      (q + k + v channels, hidden)          o      (q channels, hidden)
-    gate_up  (gate + up channels, hidden)          down   (intermediate, hidden)
+    qkv   (q + k + v channels, hidden)             o      (q channels, hidden)
+    up    (gate + up channels, hidden)             down   (intermediate, hidden)
 
 and the modules' own parameters become views of them: same objects, names, shapes, values. There is no second copy,
 the state dict does not change, and `remove` gives every parameter a storage of its own again, bit for bit.
+
+A quantised weight stays as it is and is dequantised each time that it is read, in full: the dense rows of a batch need
+all of it, so that dequantising the gathered channels alone would be work on top.
 
 The price: a transposed view is not contiguous, and a dense product through it may round differently in the last bit.
 """
@@ -19,49 +22,107 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from elision.blocks import Block, Projection
+from elision.blocks import Block, Projection, matrix, quantised
+
+
+class Matrix:
+    """The weights of `modules` stacked by rows, or of one module transposed; called, it gives them as one tensor."""
+
+    def __init__(self, modules: list[nn.Linear], transposed: bool = False) -> None:
+        self.modules = modules
+        self.transposed = transposed
+        self.storage: Tensor | None = None  # of the laid out weights, of which the modules' own are views
+        self.dtype: torch.dtype | None = None  # of what is read from quantised weights
+
+    def __call__(self) -> Tensor:
+        if self.storage is not None:
+            return self.storage
+        weights = [matrix(module).detach().to(self.dtype) for module in self.modules]
+        whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return whole.T if self.transposed else whole
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Lay the weights out if they are not, or not any more (the model was moved, or a parameter replaced)."""
+        self.dtype = dtype
+        if any(quantised(module) for module in self.modules):
+            self.storage = None
+        elif not self._in_place():
+            self.storage = None  # first, so that what is replaced is not held
+            self.storage = self._lay_out()
+
+    def remove(self) -> None:
+        """Give every parameter that is a view of ours its own contiguous storage."""
+        if self.storage is not None:
+            ours = self.storage.untyped_storage().data_ptr()
+            for module in self.modules:
+                if module.weight.untyped_storage().data_ptr() == ours:
+                    module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
+        self.storage = None
+
+    def _lay_out(self) -> Tensor:
+        weights = [module.weight.detach() for module in self.modules]
+        if self.transposed:
+            (weight,) = weights
+            storage = weight.T.contiguous()
+            self.modules[0].weight.data = storage.T
+            return storage
+        if len(weights) == 1 and weights[0].is_contiguous():
+            return weights[0]
+        storage = torch.cat(weights)
+        for module, view in zip(self.modules, storage.split([len(weight) for weight in weights]), strict=True):
+            module.weight.data = view
+        return storage
+
+    def _in_place(self) -> bool:
+        """Whether the parameters still are the views that they were made."""
+        if self.storage is None:
+            return False
+        start = self.storage.data_ptr()
+        for module in self.modules:
+            weight = module.weight.T if self.transposed else module.weight
+            if weight.data_ptr() != start or weight.dtype != self.storage.dtype or not weight.is_contiguous():
+                return False
+            start += weight.nbytes
+        return True
 
 
 @dataclass
 class BlockWeights:
-    """The storages of one block, biases stacked likewise (copies: they are small, and read anew for every forward)."""
+    """The weights of one block."""
 
-    qkv: Tensor
-    o: Tensor
-    gate_up: Tensor
-    down: Tensor
+    qkv: Matrix
+    o: Matrix
+    up: Matrix
+    down: Matrix
 
 
 class Layout:
-    """The weights of `blocks` while laid out by rows."""
+    """The weights of `blocks` while laid out by rows. Modules are looked up anew: they may be exchanged meanwhile."""
 
     def __init__(self, blocks: tuple[Block, ...]) -> None:
         self.blocks = blocks
-        self.weights: list[BlockWeights | None] = [None] * len(blocks)
+        self.weights: list[BlockWeights] = [BlockWeights(*(Matrix([]) for _ in range(4))) for _ in blocks]
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Lay out every block that is not, or not any more (its model was moved, or a parameter replaced)."""
-        for index, block in enumerate(self.blocks):
-            weights = self.weights[index]
-            if weights is None or not _in_place(block, weights):
-                self.weights[index] = None  # first, so that what is replaced is not held
-                self.weights[index] = BlockWeights(
-                    _stack(_stacked(block)[0]), _transpose(block.o), _stack(_stacked(block)[1]), _transpose(block.down)
-                )
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Lay out every block that is not, or not any more; quantised weights are read in `dtype`."""
+        for block, weights in zip(self.blocks, self.weights, strict=True):
+            inputs = [p for p in (block.gate, block.up) if p is not None]
+            groups = ([block.q, block.k, block.v], [block.o], inputs, [block.down])
+            for name, group in zip(("qkv", "o", "up", "down"), groups, strict=True):
+                modules = [*dict.fromkeys(projection.base for projection in group)]
+                found = getattr(weights, name)
+                if [id(module.weight) for module in modules] != [id(module.weight) for module in found.modules]:
+                    found = Matrix(modules, transposed=name in ("o", "down"))
+                    setattr(weights, name, found)
+                found.refresh(dtype)
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Give every parameter that is a view of ours its own contiguous storage."""
-        for block, weights in zip(self.blocks, self.weights, strict=True):
-            if weights is None:
-                continue
-            ours = {tensor.untyped_storage().data_ptr() for tensor in vars(weights).values()}
-            for projection in block.projections.values():
-                parameter = projection.base.weight
-                if _shares(parameter, ours):
-                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-        self.weights = [None] * len(self.blocks)
+        """Put every weight back into a storage of its own."""
+        for weights in self.weights:
+            for found in vars(weights).values():
+                found.remove()
 
 
 def stacked_bias(projections: list[Projection]) -> Tensor | None:
@@ -72,46 +133,3 @@ def stacked_bias(projections: list[Projection]) -> Tensor | None:
     like = next(bias for bias in biases if bias is not None)
     parts = [like.new_zeros(p.out_features) if b is None else b for p, b in zip(projections, biases, strict=True)]
     return torch.cat(parts).detach()
-
-
-def _stacked(block: Block) -> tuple[list[nn.Linear], list[nn.Linear]]:
-    """The modules that make Q, K, V and those that make gate and up: one each where the family fuses them."""
-    assert block.gate is not None
-    groups = ((block.q, block.k, block.v), (block.gate, block.up))
-    first, second = ([*dict.fromkeys(projection.base for projection in group)] for group in groups)
-    return first, second
-
-
-def _stack(modules: list[nn.Linear]) -> Tensor:
-    if len(modules) == 1 and modules[0].weight.is_contiguous():
-        return modules[0].weight.detach()
-    storage = torch.cat([module.weight.detach() for module in modules])
-    for module, view in zip(modules, storage.split([len(module.weight) for module in modules]), strict=True):
-        module.weight.data = view
-    return storage
-
-
-def _transpose(projection: Projection) -> Tensor:
-    weight = projection.base.weight
-    storage = weight.detach().T.contiguous()
-    weight.data = storage.T
-    return storage
-
-
-def _in_place(block: Block, weights: BlockWeights) -> bool:
-    """Whether the parameters still are the views that they were made."""
-    for modules, storage in zip(_stacked(block), (weights.qkv, weights.gate_up), strict=True):
-        start = storage.data_ptr()
-        for module in modules:
-            weight = module.weight
-            if weight.data_ptr() != start or weight.dtype != storage.dtype or not weight.is_contiguous():
-                return False
-            start += weight.nbytes
-    return all(
-        p.base.weight.data_ptr() == t.data_ptr() and p.base.weight.dtype == t.dtype and p.base.weight.T.is_contiguous()
-        for p, t in ((block.o, weights.o), (block.down, weights.down))
-    )
-
-
-def _shares(parameter: Tensor, storages: set[int]) -> bool:
-    return parameter.untyped_storage().data_ptr() in storages

@@ -7,8 +7,10 @@ channels, what the masked-dense reference computes on full width is computed her
     linear_residual   h + r (z W' + bias + (z A') B')        with z[:c, K] (W')[K] for the product on the first rows
 
 Both read rows of a stored matrix (layout.py stores O transposed for that), both in backward once more: of the frozen
-side nothing is saved but indices. Saved for backward are the inputs h or z, the inverse norms and the narrow x A'.
-The adapters see every row and every channel. Base weights, norm weights and biases are frozen: they get no gradient.
+side nothing is saved but indices. So a weight is a callable: a quantised one is dequantised for forward, again for
+backward, and never kept. Saved for backward are the inputs h or z, the norm's statistics and the narrow x A'; with
+DoRA (narrow.py) the product as well, whose factor is trained. The adapters see every row and every channel. Base
+weights, norm weights and biases are frozen: they get no gradient.
 
 Precision: norms in at least single precision, products in the dtype of the rows, as the model itself does.
 """
@@ -16,52 +18,18 @@ Precision: norms in at least single precision, products in the dtype of the rows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from elision.sparselora import narrow, norms
+from elision.sparselora.narrow import Adapters
+from elision.sparselora.norms import Norm
+
 Choose = Callable[[Tensor], Tensor | None]  # normed sparse rows to the kept channels of the map; None: all
-
-
-@dataclass
-class Adapters:
-    """LoRA factors on one input, in the dtype of the rows, the scaling in b: adapter i adds x a[ranks[i]]' b[i]'."""
-
-    a: Tensor | None = None  # (sum of ranks, inputs)
-    b: list[Tensor] = field(default_factory=list)  # (outputs of i, rank of i)
-    ranks: list[slice] = field(default_factory=list)
-    outputs: list[slice] = field(default_factory=list)
-
-
-@dataclass
-class Norm:
-    """RMS norm: x = h / rms(h) * weight."""
-
-    weight: Tensor
-    eps: float
-
-
-def rms_norm(h: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Normed rows in h's dtype and 1 / rms (T, 1) in at least single precision."""
-    wide = torch.promote_types(h.dtype, torch.float32)
-    inverse = torch.rsqrt(h.to(wide).square().mean(dim=1, keepdim=True) + norm.eps)
-    return apply_norm(h, inverse, norm), inverse
-
-
-def apply_norm(h: Tensor, inverse: Tensor, norm: Norm) -> Tensor:
-    """Normed rows, from what `rms_norm` found."""
-    return (h * inverse).to(h.dtype) * norm.weight
-
-
-def rms_norm_backward(grad: Tensor, h: Tensor, inverse: Tensor, norm: Norm) -> Tensor:
-    """Gradient of h from that of the normed rows."""
-    unit = h * inverse
-    grad = (grad * norm.weight).to(inverse.dtype)
-    along = (grad * unit).mean(dim=1, keepdim=True)
-    return torch.addcmul(grad, unit, along, value=-1).mul_(inverse).to(h.dtype)
+Weight = Callable[[], Tensor]  # a frozen matrix, read where it is needed
 
 
 def spans(total: int, sparse: int, kept: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
@@ -75,83 +43,84 @@ def spans(total: int, sparse: int, kept: Tensor | None) -> Iterator[tuple[slice,
 
 def norm_linear(
     h: Tensor,
-    norm: Norm,
-    weight: Tensor,
+    norm: Norm | None,
+    weight: Weight,
     bias: Tensor | None,
     adapters: Adapters,
     sparse: int = 0,
     choose: Choose | None = None,
 ) -> Tensor:
-    """(T, outputs): norm and linear map of h (T, inputs); `weight` is (outputs, inputs).
+    """(T, outputs): norm and linear map of h (T, inputs); `weight` gives (outputs, inputs).
 
     `choose` is handed the first `sparse` rows of the normed input, and returns the outputs that they compute.
     """
-    return _NormLinear.apply((norm, weight, bias, adapters, sparse, choose), h, adapters.a, *adapters.b)  # type: ignore[return-value]
+    job = (norm, weight, bias, adapters, sparse, choose)
+    return _NormLinear.apply(job, h, adapters.a, adapters.scale, *adapters.b)  # type: ignore[return-value]
 
 
 def linear_residual(
-    h: Tensor,
+    h: Tensor | None,
     z: Tensor,
-    transposed: Tensor,
+    transposed: Weight,
     bias: Tensor | None,
     adapters: Adapters,
     multiplier: float = 1.0,
     sparse: int = 0,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """(T, outputs): h + multiplier * (linear map of z); `transposed` is the weight as (inputs, outputs).
+    """(T, outputs): h + multiplier * (linear map of z), h None: 0; `transposed` gives the weight as (inputs, outputs).
 
     The first `sparse` rows compute the product from the inputs `kept` alone.
     """
     job = (transposed, bias, adapters, multiplier, sparse, kept)
-    return _LinearResidual.apply(job, h, z, adapters.a, *adapters.b)  # type: ignore[return-value]
+    return _LinearResidual.apply(job, h, z, adapters.a, adapters.scale, *adapters.b)  # type: ignore[return-value]
 
 
-def narrow_gradients(
-    grad: Tensor, b: list[Tensor], p: Tensor | None, adapters: Adapters
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of p = x a' and of each b, from that of the outputs."""
-    if p is None:
-        return None, []
-    u = torch.empty_like(p)
-    for factor, rank, output in zip(b, adapters.ranks, adapters.outputs, strict=True):
-        torch.mm(grad[:, output], factor, out=u[:, rank])
-    pairs = zip(adapters.ranks, adapters.outputs, strict=True)
-    return u, [grad[:, output].T @ p[:, rank] for rank, output in pairs]
+def scaled(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Y * scale + bias; y itself is overwritten where there is no scale."""
+    if scale is None:
+        return y if bias is None else y.add_(bias)
+    return y * scale if bias is None else torch.addcmul(bias, y, scale)
+
+
+def scaled_backward(grad: Tensor, y: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of y and scale."""
+    if scale is None or y is None:
+        return grad, None
+    return grad * scale, (grad * y).sum(dim=0)
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, job: tuple, h: Tensor, a: Tensor | None, *b: Tensor) -> Tensor:
-        norm, weight, bias, adapters, sparse, choose = job
-        x, inverse = rms_norm(h, norm)
+    def forward(ctx: Any, job: tuple, h: Tensor, a: Tensor | None, scale: Tensor | None, *b: Tensor) -> Tensor:
+        norm, read, bias, adapters, sparse, choose = job
+        x, statistics = norms.normalize(h, norm)
         kept = choose(x[:sparse]) if sparse and choose is not None else None
-        p = None if a is None else x @ a.T
+        weight = read()
         y = x.new_empty(len(x), len(weight))
         for rows, channels in spans(len(x), sparse, kept):
-            part = y[rows]
             if channels is None:
-                torch.mm(x[rows], weight.T, out=part)
+                torch.mm(x[rows], weight.T, out=y[rows])
             else:
-                part.zero_().index_copy_(1, channels, x[rows] @ weight.index_select(0, channels).T)
-            if bias is not None:
-                part += bias
-        for factor, rank, output in zip(b, adapters.ranks, adapters.outputs, strict=True):
-            assert p is not None
-            y[:, output].addmm_(p[:, rank], factor.T)
-        ctx.job = (norm, weight, adapters, sparse)
-        ctx.save_for_backward(h, inverse, p, kept, a, *b)
-        return y
+                y[rows].zero_().index_copy_(1, channels, x[rows] @ weight.index_select(0, channels).T)
+        p = narrow.project(x, a, adapters)
+        narrow.add(y, p, list(b), adapters)
+        ctx.job = (norm, read, adapters, sparse)
+        ctx.save_for_backward(h, *statistics, p, kept, None if scale is None else y, a, scale, *b)
+        return scaled(y, scale, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        norm, weight, adapters, sparse = ctx.job
-        h, inverse, p, kept, a, *b = ctx.saved_tensors
-        u, grad_b = narrow_gradients(grad, b, p, adapters)
-        grad_a = None if u is None else u.T @ apply_norm(h, inverse, norm)
+        norm, read, adapters, sparse = ctx.job
+        h, mean, inverse, p, kept, y, a, scale, *b = ctx.saved_tensors
+        statistics = (mean, inverse)
+        grad, grad_scale = scaled_backward(grad, y, scale)
+        u, grad_b = narrow.gradients(grad, b, p, adapters)
+        grad_a = None if u is None else narrow.gradient_of_a(u, norms.again(h, norm, statistics), adapters)
         if not ctx.needs_input_grad[1]:
-            return None, None, grad_a, *grad_b
+            return None, None, grad_a, grad_scale, *grad_b
+        weight = read()
         grad_x = torch.empty_like(h)
         for rows, channels in spans(len(h), sparse, kept):
             if channels is None:
@@ -159,43 +128,44 @@ class _NormLinear(torch.autograd.Function):
             else:
                 chosen = grad[rows].index_select(1, channels)
                 torch.mm(chosen, weight.index_select(0, channels), out=grad_x[rows])
-        if u is not None:
-            grad_x.addmm_(u, a)
-        return None, rms_norm_backward(grad_x, h, inverse, norm), grad_a, *grad_b
+        narrow.add_input_gradient(grad_x, u, a, adapters)
+        return None, norms.backward(grad_x, h, norm, statistics), grad_a, grad_scale, *grad_b
 
 
 class _LinearResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, job: tuple, h: Tensor, z: Tensor, a: Tensor | None, *b: Tensor) -> Tensor:
-        transposed, bias, adapters, multiplier, sparse, kept = job
+    def forward(
+        ctx: Any, job: tuple, h: Tensor | None, z: Tensor, a: Tensor | None, scale: Tensor | None, *b: Tensor
+    ) -> Tensor:
+        read, bias, adapters, multiplier, sparse, kept = job
+        transposed = read()
         y = z.new_empty(len(z), transposed.shape[1])
         for rows, channels in spans(len(z), sparse, kept):
             if channels is None:
                 torch.mm(z[rows], transposed, out=y[rows])
             else:
                 torch.mm(z[rows].index_select(1, channels), transposed.index_select(0, channels), out=y[rows])
-        p = None if a is None else z @ a.T
-        for factor, rank, output in zip(b, adapters.ranks, adapters.outputs, strict=True):
-            assert p is not None
-            y[:, output].addmm_(p[:, rank], factor.T)
-        if bias is not None:
-            y += bias
+        p = narrow.project(z, a, adapters)
+        narrow.add(y, p, list(b), adapters)
+        ctx.job = (read, adapters, multiplier, sparse)
+        ctx.save_for_backward(z, p, kept, None if scale is None else y, a, scale, *b)
+        y = scaled(y, scale, bias)
         if multiplier != 1.0:
             y *= multiplier
-        ctx.job = (transposed, adapters, multiplier, sparse)
-        ctx.save_for_backward(z, p, kept, a, *b)
-        return y.add_(h)
+        return y if h is None else y.add_(h)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        transposed, adapters, multiplier, sparse = ctx.job
-        z, p, kept, a, *b = ctx.saved_tensors
-        grad_y = grad if multiplier == 1.0 else grad * multiplier
-        u, grad_b = narrow_gradients(grad_y, b, p, adapters)
-        grad_a = None if u is None else u.T @ z
+        read, adapters, multiplier, sparse = ctx.job
+        z, p, kept, y, a, scale, *b = ctx.saved_tensors
+        grad_h = grad if ctx.needs_input_grad[1] else None
+        grad_y, grad_scale = scaled_backward(grad if multiplier == 1.0 else grad * multiplier, y, scale)
+        u, grad_b = narrow.gradients(grad_y, b, p, adapters)
+        grad_a = narrow.gradient_of_a(u, z, adapters)
         if not ctx.needs_input_grad[2]:
-            return None, grad, None, grad_a, *grad_b
+            return None, grad_h, None, grad_a, grad_scale, *grad_b
+        transposed = read()
         grad_z = torch.empty_like(z)
         for rows, channels in spans(len(z), sparse, kept):
             if channels is None:
@@ -203,6 +173,5 @@ class _LinearResidual(torch.autograd.Function):
             else:
                 part = grad_y[rows] @ transposed.index_select(0, channels).T
                 grad_z[rows].zero_().index_copy_(1, channels, part)
-        if u is not None:
-            grad_z.addmm_(u, a)
-        return None, grad, grad_z, grad_a, *grad_b
+        narrow.add_input_gradient(grad_z, u, a, adapters)
+        return None, grad_h, grad_z, grad_a, grad_scale, *grad_b

@@ -1,96 +1,112 @@
-"""The frozen gated MLP with its norm, residual and adapters, pruned on the first rows: forward and exact backward.
+"""The frozen MLP with its norm, residual and adapters, pruned on the first rows: forward and exact backward.
 
 With x = norm(h), the kept channels K and the adapters' (A, B), a row computes
 
-    g = x Wg' + (x Ag') Bg',   u = x Wu' + (x Au') Bu',   a = act(g) * u
+    g = x Wg' + (x Ag') Bg',   u = x Wu' + (x Au') Bu',   a = act(g) * u          without a gate: a = act(u)
     h + r (a Wd' + bias + (a Ad') Bd')
 
 and a sparse row has the base products at the channels K only. What is left at the others depends on the adapters:
 
-    none, or not all three   g or u is exactly 0 there, so a = act(g) * u is (act(0) = 0), and so are its gradients
-                             unless both g and u are adapted and down's adapter reads them: channels K do for all
-    gate, up and down        a = act(dg) * du of the adapters alone is read by down's adapter: full width, the
-                             frozen products still at K only
+    none, or not all of them   g or u is exactly 0 there, so a = act(g) * u is (act(0) = 0), and so are its gradients
+                               unless both g and u are adapted and down's adapter reads them: channels K do for all
+    gate, up and down          a = act(dg) * du of the adapters alone is read by down's adapter: full width, the
+                               frozen products still at K only
 
-Saved for backward: h, 1 / rms, x A', (g | u) of the width computed, a Ad', indices. Weights are gathered again, by rows
-(gate and up stacked, down transposed; layout.py), and the activation is computed again.
+Saved for backward: h, the norm's statistics, x A', (g | u) of the width computed (before DoRA's factor, where there is
+one), a Ad', indices. Weights are read again, by rows (gate and up stacked, down transposed; layout.py), and the
+activation is computed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from elision.sparselora.linear import Adapters, Choose, Norm, apply_norm, rms_norm, rms_norm_backward, spans
+from elision.sparselora import narrow, norms
+from elision.sparselora.linear import Choose, Weight, scaled, scaled_backward, spans
+from elision.sparselora.narrow import Adapters
+from elision.sparselora.norms import Norm
 
 
 @dataclass
-class GatedMLP:
-    """The frozen side. `gate_up` is (2 channels, hidden), gate first; `down` is transposed, (channels, hidden)."""
+class MLP:
+    """The frozen side. `up` gives (halves * channels, hidden), gate first; `down` is transposed, (channels, hidden)."""
 
-    norm: Norm
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
+    norm: Norm | None
+    up: Weight
+    up_bias: Tensor | None
+    down: Weight
     down_bias: Tensor | None
     activation: Callable[[Tensor], Tensor]  # with act(0) = 0
+    channels: int
+    gated: bool = True
     multiplier: float = 1.0
+    residual: bool = True  # whether h is added
+
+    @property
+    def halves(self) -> int:
+        """How many maps of the input there are: gate and up, or up alone."""
+        return 2 if self.gated else 1
 
 
 def mlp_residual(
-    h: Tensor, mlp: GatedMLP, gate_up: Adapters, down: Adapters, sparse: int = 0, choose: Choose | None = None
+    h: Tensor, mlp: MLP, up: Adapters, down: Adapters, sparse: int = 0, choose: Choose | None = None
 ) -> Tensor:
-    """(T, hidden): h + multiplier * MLP(norm(h)).
+    """(T, hidden): h + multiplier * MLP(norm(h)), without h where `mlp.residual` is off.
 
-    `gate_up` has adapters with outputs in the first half (gate), the second (up) or both; `down` has one or none.
-    `choose` is handed the first `sparse` rows of the normed input, and returns the channels that they compute.
+    `up` has adapters with outputs in the first half (gate), the second (up) or both; `down` has one or none. `choose`
+    is handed the first `sparse` rows of the normed input, and returns the channels that they compute.
     """
-    job = (mlp, gate_up, len(gate_up.b), sparse, choose)
-    return _Mlp.apply(job, h, gate_up.a, down.a, *gate_up.b, *down.b)  # type: ignore[return-value]
+    job = (mlp, up, down, sparse, choose)
+    return _Mlp.apply(job, h, up.a, down.a, up.scale, down.scale, *up.b, *down.b)  # type: ignore[return-value]
 
 
 @dataclass
 class _Part:
     """What a span of rows computes with: weights gathered by rows, and the channels that they stand for."""
 
-    gate_up: Tensor
+    up: Tensor
     bias: Tensor | None
     down: Tensor
     held: Tensor | None = None  # channels that (g | u) has columns for; None: all
     computed: Tensor | None = None  # where it has all: those with a base product; None: all
+    factors: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)  # of each adapter: b, its rows if not all
+    adapters: Adapters = field(default_factory=Adapters)  # with their columns of (g | u)
 
-    @classmethod
-    def of(cls, mlp: GatedMLP, kept: Tensor | None, wide: bool) -> _Part:
-        if kept is None:
-            return cls(mlp.gate_up, mlp.gate_up_bias, mlp.down)
-        both = _both(kept, len(mlp.down))
-        bias = None if mlp.gate_up_bias is None else mlp.gate_up_bias.index_select(0, both)
-        held, computed = (None, kept) if wide else (kept, None)
-        return cls(mlp.gate_up.index_select(0, both), bias, mlp.down.index_select(0, kept), held, computed)
-
-    def adapters(
-        self, b: tuple[Tensor, ...], outputs: list[slice], channels: int
-    ) -> list[tuple[Tensor, slice, Tensor | None]]:
-        """Each factor of gate and up for the channels held, its columns of (g | u), and its rows if not all."""
-        if self.held is None:
-            return [(factor, output, None) for factor, output in zip(b, outputs, strict=True)]
-        found, n = [], len(self.held)
-        for factor, output in zip(b, outputs, strict=True):
-            whole = output.stop - output.start == 2 * channels  # a fused gate_up_proj has one adapter
-            rows = _both(self.held, channels) if whole else self.held
-            columns = slice(0, 2 * n) if whole else slice(0, n) if output.start == 0 else slice(n, 2 * n)
-            found.append((factor.index_select(0, rows), columns, rows))
-        return found
+    def narrowed(self, scale: Tensor | None, halves: int, channels: int) -> Tensor | None:
+        """A vector over (g | u), at the channels held."""
+        return scale if scale is None or self.held is None else scale.index_select(0, _all(self.held, halves, channels))
 
 
-def _both(kept: Tensor, channels: int) -> Tensor:
-    """Channels of gate, then of up, in (g | u)."""
-    return torch.cat([kept, kept + channels])
+def _part(mlp: MLP, adapters: Adapters, b: list[Tensor], up: Tensor, down: Tensor, kept: Any, wide: bool) -> _Part:
+    if kept is None:
+        return _Part(up, mlp.up_bias, down, factors=[(factor, None) for factor in b], adapters=adapters)
+    every, width = _all(kept, mlp.halves, mlp.channels), mlp.halves * mlp.channels
+    bias = None if mlp.up_bias is None else mlp.up_bias.index_select(0, every)
+    if wide:
+        bias = None if bias is None else _spread(bias[None], every, width)[0]  # a channel left out has none
+    part = _Part(up.index_select(0, every), bias, down.index_select(0, kept))
+    if wide:
+        part.computed, part.adapters, part.factors = kept, adapters, [(factor, None) for factor in b]
+        return part
+    part.held, n, outputs = kept, len(kept), []
+    for factor, output in zip(b, adapters.outputs, strict=True):
+        whole = output.stop - output.start == width  # a fused gate_up_proj has one adapter
+        rows, first = (every, 0) if whole else (kept, output.start // mlp.channels * n)
+        outputs.append(slice(first, first + len(rows)))
+        part.factors.append((factor.index_select(0, rows), rows))
+    part.adapters = Adapters(ranks=adapters.ranks, outputs=outputs)
+    return part
+
+
+def _all(kept: Tensor, halves: int, channels: int) -> Tensor:
+    """Channels of every half of (g | u)."""
+    return torch.cat([kept + half * channels for half in range(halves)])
 
 
 def _spread(x: Tensor, index: Tensor, width: int) -> Tensor:
@@ -98,112 +114,131 @@ def _spread(x: Tensor, index: Tensor, width: int) -> Tensor:
     return x.new_zeros(len(x), width).index_copy_(1, index, x)
 
 
+def _mask(adapters: Adapters, rows: slice, held: Tensor | None) -> Tensor | None:
+    """Which of the channels held the adapter of down sees, where it drops some."""
+    if not adapters.drops or (mask := adapters.masks[0]) is None:
+        return None
+    return mask[rows] if held is None else mask[rows].index_select(1, held)
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, job: tuple, h: Tensor, a: Tensor | None, down_a: Tensor | None, *b: Tensor) -> Tensor:
-        mlp, adapters, count, sparse, choose = job
-        channels = len(mlp.down)
-        x, inverse = rms_norm(h, mlp.norm)
+    def forward(ctx: Any, job: tuple, h: Tensor, *trained: Any) -> Tensor:
+        mlp, adapters, below, sparse, choose = job
+        a, down_a, scale, down_scale, *b = trained
+        count, channels = len(adapters.b), mlp.channels
+        x, statistics = norms.normalize(h, mlp.norm)
         kept = choose(x[:sparse]) if sparse and choose is not None else None
-        p = None if a is None else x @ a.T
-        adapted = {half for output in adapters.outputs for half in (0, channels) if output.start <= half < output.stop}
-        wide = len(adapted) == 2 and down_a is not None
+        p = narrow.project(x, a, adapters)
+        starts = range(0, mlp.halves * channels, channels)
+        adapted = {start for output in adapters.outputs for start in starts if output.start <= start < output.stop}
+        wide = len(adapted) == mlp.halves and down_a is not None
+        up, down = mlp.up(), mlp.down()
         y = torch.empty_like(h)
         saved: list[Tensor | None] = []
         for rows, chosen in spans(len(x), sparse, kept):
-            part = _Part.of(mlp, chosen, wide)
-            gate_up = x[rows] @ part.gate_up.T
-            if part.bias is not None:
-                gate_up += part.bias
+            part = _part(mlp, adapters, b[:count], up, down, chosen, wide)
+            z = x[rows] @ part.up.T
             if part.computed is not None:
-                gate_up = _spread(gate_up, _both(part.computed, channels), 2 * channels)
-            for (factor, columns, _), rank in zip(
-                part.adapters(b[:count], adapters.outputs, channels), adapters.ranks, strict=True
-            ):
-                assert p is not None
-                gate_up[:, columns].addmm_(p[rows, rank], factor.T)
-            hidden = _hidden(gate_up, mlp.activation)
-            read = hidden if part.computed is None else hidden.index_select(1, part.computed)
-            torch.mm(read, part.down, out=y[rows])
+                z = _spread(z, _all(part.computed, mlp.halves, channels), mlp.halves * channels)
+            narrow.add(z, None if p is None else p[rows], [factor for factor, _ in part.factors], part.adapters)
+            product, z = z, scaled(z, part.narrowed(scale, mlp.halves, channels), part.bias)
+            hidden = _hidden(z, mlp)
+            torch.mm(hidden if part.computed is None else hidden.index_select(1, part.computed), part.down, out=y[rows])
             q = None
             if down_a is not None:
-                q = hidden @ (down_a if part.held is None else down_a.index_select(1, part.held)).T
+                seen = narrow.dropped(hidden, _mask(below, rows, part.held))
+                q = seen @ (down_a if part.held is None else down_a.index_select(1, part.held)).T
                 y[rows].addmm_(q, b[count].T)
-            saved += [gate_up, q]
-        if mlp.down_bias is not None:
-            y += mlp.down_bias
+            saved += [product, q]
+        ctx.job = (mlp, adapters, below, sparse, wide, len(saved))
+        ctx.save_for_backward(h, *statistics, p, kept, None if down_scale is None else y, *saved, *trained)
+        y = scaled(y, down_scale, mlp.down_bias)
         if mlp.multiplier != 1.0:
             y *= mlp.multiplier
-        ctx.job = (mlp, adapters, count, sparse, wide)
-        ctx.save_for_backward(h, inverse, p, kept, a, down_a, *b, *saved)
-        return y.add_(h)
+        return y.add_(h) if mlp.residual else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        mlp, adapters, count, sparse, wide = ctx.job
-        h, inverse, p, kept, a, down_a, *rest = ctx.saved_tensors
-        channels, factors = len(mlp.down), len(ctx.needs_input_grad) - 4
-        b, saved = tuple(rest[:factors]), rest[factors:]
-        needs_h = ctx.needs_input_grad[1]
-        grad_y = grad if mlp.multiplier == 1.0 else grad * mlp.multiplier
+        mlp, adapters, below, sparse, wide, kept_back = ctx.job
+        h, mean, inverse, p, kept, y, *rest = ctx.saved_tensors
+        saved, (a, down_a, scale, down_scale, *b) = rest[:kept_back], rest[kept_back:]
+        statistics, count, channels = (mean, inverse), len(adapters.b), mlp.channels
+        grad_y, grad_down_scale = scaled_backward(
+            grad if mlp.multiplier == 1.0 else grad * mlp.multiplier, y, down_scale
+        )
         grad_b = [torch.zeros_like(factor) for factor in b]
+        grad_scale = None if scale is None else torch.zeros_like(scale)
         grad_down_a = None if down_a is None else torch.zeros_like(down_a)
-        grad_x = torch.empty_like(h) if needs_h else None
+        grad_x = torch.empty_like(h) if ctx.needs_input_grad[1] else None
         u = None if p is None else torch.empty_like(p)
+        up, down = mlp.up(), mlp.down()
         for index, (rows, chosen) in enumerate(spans(len(h), sparse, kept)):
-            part = _Part.of(mlp, chosen, wide)
-            gate_up, q = saved[2 * index], saved[2 * index + 1]
+            part = _part(mlp, adapters, b[:count], up, down, chosen, wide)
+            product, q = saved[2 * index], saved[2 * index + 1]
+            own = part.narrowed(scale, mlp.halves, channels)
+            z = product if own is None else scaled(product, own, part.bias)
             grad_hidden = grad_y[rows] @ part.down.T
             if part.computed is not None:
                 grad_hidden = _spread(grad_hidden, part.computed, channels)
             if down_a is not None:
                 assert grad_down_a is not None
-                s = grad_y[rows] @ b[count]
-                grad_hidden.addmm_(s, down_a if part.held is None else down_a.index_select(1, part.held))
+                s, hidden = grad_y[rows] @ b[count], _hidden(z, mlp)
+                through = s @ (down_a if part.held is None else down_a.index_select(1, part.held))
+                mask = _mask(below, rows, part.held)
+                grad_hidden += narrow.dropped(through, mask)
                 grad_b[count].addmm_(grad_y[rows].T, q)
-                grad_factor = s.T @ _hidden(gate_up, mlp.activation)
-                if part.held is None:
-                    grad_down_a += grad_factor
-                else:
-                    grad_down_a.index_add_(1, part.held, grad_factor)
-            grad_gate_up = _hidden_backward(gate_up, mlp.activation, grad_hidden)
-            for i, ((factor, columns, selected), rank) in enumerate(
-                zip(part.adapters(b[:count], adapters.outputs, channels), adapters.ranks, strict=True)
-            ):
-                assert p is not None and u is not None
-                torch.mm(grad_gate_up[:, columns], factor, out=u[rows, rank])
-                found = grad_gate_up[:, columns].T @ p[rows, rank]
-                if selected is None:
-                    grad_b[i] += found
-                else:
-                    grad_b[i].index_add_(0, selected, found)
+                _collect(grad_down_a, s.T @ narrow.dropped(hidden, mask), part.held, 1)
+            grad_z = _hidden_backward(z, mlp, grad_hidden)
+            grad_z, found = scaled_backward(grad_z, product, own)
+            if found is not None and grad_scale is not None:
+                _collect(grad_scale, found, None if part.held is None else _all(part.held, mlp.halves, channels), 0)
+            if p is not None and u is not None:
+                factors = [factor for factor, _ in part.factors]
+                narrowed, found_b = narrow.gradients(grad_z, factors, p[rows], part.adapters)
+                assert narrowed is not None
+                u[rows] = narrowed
+                for i, (gradient, (_, selected)) in enumerate(zip(found_b, part.factors, strict=True)):
+                    _collect(grad_b[i], gradient, selected, 0)
             if grad_x is not None:
                 if part.computed is not None:
-                    grad_gate_up = grad_gate_up.index_select(1, _both(part.computed, channels))
-                torch.mm(grad_gate_up, part.gate_up, out=grad_x[rows])
-        grad_a = None if u is None else u.T @ apply_norm(h, inverse, mlp.norm)
+                    grad_z = grad_z.index_select(1, _all(part.computed, mlp.halves, channels))
+                torch.mm(grad_z, part.up, out=grad_x[rows])
+        grad_a = None if u is None else narrow.gradient_of_a(u, norms.again(h, mlp.norm, statistics), adapters)
         grad_h = None
         if grad_x is not None:
-            if u is not None:
-                grad_x.addmm_(u, a)
-            grad_h = rms_norm_backward(grad_x, h, inverse, mlp.norm).add_(grad)
-        return None, grad_h, grad_a, grad_down_a, *grad_b
+            narrow.add_input_gradient(grad_x, u, a, adapters)
+            grad_h = norms.backward(grad_x, h, mlp.norm, statistics)
+            grad_h = grad_h + grad if mlp.residual else grad_h
+        return None, grad_h, grad_a, grad_down_a, grad_scale, grad_down_scale, *grad_b
 
 
-def _hidden(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=1)
-    return activation(gate) * up
+def _collect(total: Tensor, part: Tensor, index: Tensor | None, dimension: int) -> None:
+    """Add `part` to `total`, at `index` where it has only these."""
+    if index is None:
+        total += part
+    else:
+        total.index_add_(dimension, index, part)
 
 
-def _hidden_backward(gate_up: Tensor, activation: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
-    """Gradient of (g | u) from that of act(g) * u, through the activation's own derivative."""
-    gate, up = gate_up.chunk(2, dim=1)
+def _hidden(z: Tensor, mlp: MLP) -> Tensor:
+    if not mlp.gated:
+        return mlp.activation(z)
+    gate, up = z.chunk(2, dim=1)
+    return mlp.activation(gate) * up
+
+
+def _hidden_backward(z: Tensor, mlp: MLP, grad: Tensor) -> Tensor:
+    """Gradient of z from that of `_hidden`, through the activation's own derivative."""
+    first = z[:, : z.shape[1] // mlp.halves]
     with torch.enable_grad():
-        gate = gate.detach().requires_grad_()
-        activated = activation(gate)
-    out = torch.empty_like(gate_up)
+        first = first.detach().requires_grad_()
+        activated = mlp.activation(first)
+    if not mlp.gated:
+        return torch.autograd.grad(activated, first, grad)[0]
+    out = torch.empty_like(z)
     grad_gate, grad_up = out.chunk(2, dim=1)
-    grad_gate.copy_(torch.autograd.grad(activated, gate, grad * up)[0])
+    grad_gate.copy_(torch.autograd.grad(activated, first, grad * z[:, z.shape[1] // 2 :])[0])
     torch.mul(grad, activated.detach(), out=grad_up)
     return out

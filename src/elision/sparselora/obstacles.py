@@ -11,39 +11,38 @@ from collections.abc import Set
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from elision.blocks import Block, Decoder, Projection
+from elision.blocks import Block, Decoder, Projection, quantised
 from elision.sparselora import tokens
-from elision.sparselora.adapters import active
+from elision.sparselora.adapters import DORA, active, dropout, variants
 from elision.sparselora.reference import MaskedLinear
-
-COVERED = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
 
 _READ = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"}
 # What position_ids say too, for attention functions that read no masks: transformers' SDPA function ignores it.
 _READ |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _HARMLESS: dict[str, tuple] = {"use_cache": (False,), "return_dict": (True,), "logits_to_keep": (0,)}
 _HARMLESS["fused_lm_head"] = (True,)  # TRL's own argument, for its own forward
+_DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "dropout", "layerdrop")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def model_obstacle(view: Decoder, own: Set[int]) -> str | None:
     """Why this model, as it is now, takes the reference; None: it does not. `own` are the ids of our own hooks."""
     config = view.config
-    if config.model_type not in COVERED:
-        return f"{view.family.name} blocks"
+    if view.model.config.model_type != config.model_type:
+        return f"a {type(view.model).__name__}, which has more than text"
     if not type(view.model).__module__.startswith("transformers."):
         return f"{type(view.model).__name__} is not transformers' own"
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation not in ("sdpa", "eager"):
         return f"attention implementation {config._attn_implementation}"
     if view.model.loss_function is not ForCausalLMLoss:
         return "a loss function of its own"
-    if any(getattr(config, name, 0.0) for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")):
+    if any(getattr(config, name, 0.0) for name in _DROPOUTS):
         return "dropout in the model"
-    dtype, device = view.blocks[0].q.base.weight.dtype, view.blocks[0].q.base.weight.device
+    dtype, device = row_dtype(view), view.blocks[0].q.base.weight.device
     if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != dtype:
         return f"autocast from {_name(dtype)} to {_name(torch.get_autocast_dtype(device.type))}"
     for block in view.blocks:
@@ -52,7 +51,14 @@ def model_obstacle(view: Decoder, own: Set[int]) -> str | None:
     return None
 
 
-def call_obstacle(call: dict[str, Any], labels: Tensor) -> str | None:
+def row_dtype(view: Decoder) -> torch.dtype:
+    """What the rows of the stream are computed in: that of the weights, of the embeddings where these are quantised."""
+    base = view.blocks[0].q.base
+    weight: Any = view.embeddings.weight if quantised(base) else base.weight
+    return weight.dtype
+
+
+def call_obstacle(call: dict[str, Any], labels: Tensor, view: Decoder) -> str | None:
     """Why this call takes the reference; None: it does not. `labels`, on the CPU, tell its tokens apart."""
     for name, value in call.items():
         if name not in _READ and value is not None and not any(value is v for v in _HARMLESS.get(name, (False,))):
@@ -66,6 +72,8 @@ def call_obstacle(call: dict[str, Any], labels: Tensor) -> str | None:
     positions = call.get("position_ids")
     if positions is not None:
         segment = tokens.segments(labels, mask, positions.cpu())
+        if not view.family.rotary and bool((segment > 0).any()):
+            return "packed rows, which this family's attention does not tell apart"
         if bool((target & (segment[:, 1:] != segment[:, :-1])).any()):
             return "a target at the start of a packed sequence"
     return None
@@ -77,9 +85,14 @@ def _layer_obstacle(block: Block, dtype: torch.dtype, device: torch.device, own:
     for name, projection in block.projections.items():
         if reason := _projection_obstacle(projection, adapters):
             return f"{reason} at {name}"
-        weight = projection.base.weight
-        if weight.dtype != dtype or weight.device != device:
-            return f"{name} of another dtype or device than q of layer 0"
+        base: Any = projection.base
+        if quantised(base) in ("nf4", "fp4"):
+            if base.compute_dtype not in (None, dtype):
+                return f"4-bit products in {_name(base.compute_dtype)} at {name}"
+        elif base.weight.dtype != dtype:
+            return f"{name} of another dtype than the embeddings"
+        if base.weight.device != device:
+            return f"{name} on another device than q of layer 0"
     waiting: list[Any] = [layer]
     while waiting:  # by hand: named_modules takes several times as long, in every forward
         module = waiting.pop()
@@ -99,22 +112,25 @@ def _layer_obstacle(block: Block, dtype: torch.dtype, device: torch.device, own:
 def _projection_obstacle(projection: Projection, adapters: set[int]) -> str | None:
     """Why this projection cannot be computed; None: it can, and its trained factors are added to `adapters`."""
     module: Any = projection.module
-    if isinstance(module, LoraLinear):
-        names = active(module)
-        if len(names) > 1:
-            return f"adapters {', '.join(names)} at once"
+    if isinstance(module, LoraLayer):
+        names, kinds = active(module), variants(module)
+        dropping = [name for name in names if dropout(module, name)]
+        if len(names) > 1 and (kinds or dropping):
+            return f"{'dropout' if dropping else 'DoRA'} with adapters {', '.join(names)} at once"
         for name in names:
-            if name in module.lora_variant:
-                return f"an adapter of kind {type(module.lora_variant[name]).__name__}"
-            if getattr(module.lora_dropout[name], "p", 0.0):
-                return "LoRA dropout"
+            if kinds.get(name, DORA) != DORA:
+                return f"an adapter of kind {kinds[name]}"
+            if kinds and dropping:
+                return "dropout with DoRA"
             if module.lora_bias.get(name):
                 return "a bias in an adapter"
-            adapters.update({id(module.lora_A[name].weight), id(module.lora_B[name].weight)})
-        if module.fan_in_fan_out:
+            trained = [module.lora_A[name].weight, module.lora_B[name].weight]
+            trained += [module.lora_magnitude_vector[name].weight] if kinds else []
+            adapters.update(id(parameter) for parameter in trained)
+        if getattr(module, "fan_in_fan_out", False):
             return "a transposed base"
         module = module.base_layer
-    if type(module) not in (nn.Linear, MaskedLinear):
+    if type(module) is not nn.Linear and not isinstance(module, MaskedLinear) and quantised(module) is None:
         return f"{type(module).__name__}"
     return None
 

@@ -11,17 +11,25 @@ Adapters are not touched: PEFT adds them to all channels of all rows, around the
 unselected FFN channel holds act(dg) * du of the adapters alone (0 without them); the adapter of down sees it, the base
 product of down does not. Autograd then gives the exact gradient of exactly this computation.
 
-`MaskedLinear` stands where a frozen nn.Linear stood and shares everything with it: parameters, buffers, hooks. State
-dict, PEFT's merging, `to` and optimizers see no difference.
+DoRA (Liu et al. 2024) computes m / ||W + s B A|| * (W x + s B A x) + bias, m trained. Its base product W x is masked as
+any other; the norm is that of the full weight, so that the weight which is trained is the one which is merged. PEFT
+takes the bias from the base's output before it scales and adds it again behind, so an absent channel must keep its bias
+until then: `without_bias` takes it away behind the adapter.
+
+`MaskedLinear` stands where a frozen nn.Linear (or a 4-bit one) stood and shares everything with it: parameters,
+buffers, hooks. State dict, PEFT's merging, `to` and optimizers see no difference.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from elision.shapes import Bool, Float
 from elision.sparselora import select
+from elision.sparselora.adapters import dora
 from elision.sparselora.choices import BlockChoices
 
 INPUT_SIDE = ("o", "down")  # pruned by columns; the others are pruned by rows
@@ -46,6 +54,17 @@ def prune_inputs(
     return x.masked_fill(sparse[..., None] & ~keep, 0.0)
 
 
+def masked(base: nn.Linear, choices: BlockChoices, projections: dict[str, slice | None]) -> MaskedLinear:
+    """A `MaskedLinear` in place of `base` that computes as a `base` of its class does."""
+    kind = type(base)
+    return (MaskedLinear if kind is nn.Linear else _masked(kind))(base, choices, projections)
+
+
+@cache
+def _masked(kind: type[nn.Linear]) -> type[MaskedLinear]:
+    return type(f"Masked{kind.__name__}", (MaskedLinear, kind), {})
+
+
 class MaskedLinear(nn.Linear):
     """The linear map `base`, masked on the sparse rows of the batch that its block is in; `base` itself otherwise.
 
@@ -68,8 +87,26 @@ class MaskedLinear(nn.Linear):
         sparse, keep = batch.rows_for(input), self._keep(input)
         if any(name in INPUT_SIDE for name in self.projections):
             return super().forward(prune_inputs(input, sparse, keep))
-        absent = any(name in ABSENT for name in self.projections)
+        absent = any(name in ABSENT for name in self.projections) and not self.biased
         return prune_outputs(super().forward(input), sparse, keep, None if absent else self.bias)
+
+    @property
+    def wrapper(self) -> nn.Module:
+        """What stands at the projection: PEFT's layer around this map, or this map."""
+        return self.choices.block.projections[next(iter(self.projections))].module
+
+    @property
+    def biased(self) -> bool:
+        """Whether a bias is to be taken away behind the adapter."""
+        return self.bias is not None and bool(dora(self.wrapper)) and any(name in ABSENT for name in self.projections)
+
+    def without_bias(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Hook of the layer around this map: absent channels of sparse rows lose the bias that DoRA needed."""
+        batch = self.choices.batch
+        if batch is None or module is self or not self.biased:
+            return None
+        assert self.bias is not None
+        return torch.where(batch.rows_for(args[0])[..., None] & ~self._keep(args[0]), output - self.bias, output)
 
     def _keep(self, input: Tensor) -> Tensor:
         """True at the kept channels, of the inputs for o and down, of the outputs otherwise."""

@@ -1,0 +1,105 @@
+"""QLoRA: 4-bit bases of bitsandbytes, masked on the reference and dequantised on the fast path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from elision import blocks
+from elision.sparselora import lossless, sparsify
+from tests.sparselora import tiny
+from tests.sparselora.test_fast_apply import turns
+
+bnb = pytest.importorskip("bitsandbytes", reason="pip install elision[qlora]")
+Result = tuple[Tensor, dict[str, Tensor]]
+
+
+def quantise(model: Any, nested: bool) -> Any:
+    """Every linear map of the blocks in nf4, as transformers loads it."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "lm_head" not in name:
+            four = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, module.bias is not None, torch.float32, quant_type="nf4"
+            )
+            four.weight = bnb.nn.Params4bit(
+                module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=nested, module=four
+            )
+            four.bias = module.bias
+            holder, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(holder), attribute, four.to("cpu"))
+    return model
+
+
+def qlora(family: str, nested: bool = False, **settings: Any) -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 64, **({"word_embed_proj_dim": 64} if family == "opt" else {})}
+    base = quantise(tiny.base(family, torch.float32, **sizes), nested)
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=tiny.ALL, task_type="CAUSAL_LM", **settings)
+    model = tiny.peft_model(base, config).train()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def step(model: Any) -> Result:
+    loss = model(**turns(), use_cache=False).loss
+    loss.backward()
+    return loss.detach(), tiny.gradients(model)
+
+
+@pytest.mark.parametrize("selection", ["oracle", "svd"])
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+def test_the_fast_path_is_the_reference(family: str, dora: bool, selection: Any) -> None:
+    model = qlora(family, nested=dora, use_dora=dora)
+    dense = step(model)
+    results = []
+    for path in ("reference", "fast"):
+        with sparsify(model, tiny.plan(model, selection=selection), path=path) as handle:
+            results.append(step(model))
+            assert handle.forwards == {"sparse": 1} and handle.paths == ({"fast": 1} if path == "fast" else {})
+    assert tiny.close(*results, 1e-5)
+    assert not tiny.close(results[0], dense, 1e-3)
+
+
+def test_it_is_the_model_of_the_dequantised_weights() -> None:
+    model = qlora("llama")
+    with sparsify(model, tiny.plan(model), path="reference"):
+        expected = step(model)
+    for block in blocks.decoder(model).blocks:
+        for projection in block.projections.values():
+            plain = nn.Linear(projection.in_features, projection.out_features, bias=False)
+            plain.weight = nn.Parameter(projection.matrix, requires_grad=False)
+            holder, attribute = projection.slot
+            setattr(holder, attribute, plain)
+    with sparsify(model, tiny.plan(model), path="reference"):
+        assert tiny.close(step(model), expected, 1e-5)
+
+
+def test_nothing_dequantised_is_kept_and_removal_restores() -> None:
+    model = qlora("llama")
+    before, kinds = tiny.bits(model), [type(module) for module in model.modules()]
+    dense = step(model)
+    with lossless(model, path="fast") as handle:
+        assert tiny.close(step(model), dense, 1e-5)
+        assert handle._fast is not None
+        assert all(m.storage is None for weights in handle._fast.layout.weights for m in vars(weights).values())
+    with sparsify(model, tiny.plan(model), path="reference"):
+        step(model)
+    assert tiny.bits(model) == before and [type(module) for module in model.modules()] == kinds
+    assert tiny.close(step(model), dense, 0.0)
+
+
+def test_products_in_another_precision_take_the_reference_by_name() -> None:
+    model = qlora("llama")
+    blocks.decoder(model).blocks[1].up.base.compute_dtype = torch.bfloat16  # type: ignore[assignment]
+    with sparsify(model, tiny.plan(model)) as handle:
+        step(model)
+        assert handle.paths == {"reference (4-bit products in bfloat16 at up in layer 1)": 1}
