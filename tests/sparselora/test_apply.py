@@ -179,8 +179,9 @@ def test_the_summary_is_one_line_that_says_what_and_why() -> None:
     with sparsify(model, SparsityPlan.uniform(model, 0.75, layers=[1])) as handle:
         assert handle.summary() == (
             "SparseLoRA, svd selection: ffn 75% in 1; qk 75% in 1; vo 75% in 1; dense: output tokens, the first 5% of "
-            "steps, adapters, eval and generate"
+            "steps, adapters, eval and generate; on the reference path, as asked for"
         )
+        assert str(handle) == handle.summary()
         handle.step(1.0)
         model(**tiny.batch())
         model.eval()(**tiny.batch())

@@ -371,6 +371,7 @@ def test_eval_generate_and_disabled_adapters_take_the_models_own_way() -> None:
     expected = model.generate(**ids, max_new_tokens=5, do_sample=False)
     signature = inspect.signature(model.get_base_model().forward)
     with sparsify(model, tiny.plan(model), path="fast") as handle:
+        assert handle.summary().endswith("; on the fast path")
         assert inspect.signature(model.get_base_model().forward) == signature
         assert torch.equal(model.generate(**ids, max_new_tokens=5, do_sample=False), expected)
         assert model.eval()(**inputs).logits.shape == (2, 8, tiny.VOCABULARY)
@@ -427,6 +428,7 @@ def test_what_is_not_covered_takes_the_reference_by_name(reason: str) -> None:
     with sparsify(model, plan) as handle:
         model(**inputs)
         obstacles()[reason](model)  # seen in the forward
+        assert f"; on the reference path ({reason})" in str(handle)
         output = model(**inputs)
         assert handle.paths == {"fast": 1, f"reference ({reason})": 1}
         assert output.logits is not None

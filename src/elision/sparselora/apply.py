@@ -209,14 +209,24 @@ class SparseHandle:
             + ("output tokens, " if plan.dense_outputs else "")
             + (f"the first {100 * plan.dense_steps:g}% of steps, " if plan.dense_steps else "")
             + "adapters, eval and generate"
+            + self._place()
         )
-        if not self._exchanged:
-            line += "; removed"
         if self.forwards:
             line += "; forwards so far: " + ", ".join(f"{count} {what}" for what, count in self.forwards.most_common())
         if self.paths:
             line += "; training paths: " + ", ".join(f"{count} {what}" for what, count in self.paths.most_common())
         return line
+
+    __str__ = summary
+
+    def _place(self) -> str:
+        """Where training forwards are computed, as the model stands now."""
+        if not self._hooks:
+            return "; removed"
+        if self._fast is None:
+            return "; on the reference path, as asked for"
+        reason = self._fast.obstacle()
+        return "; on the fast path" if reason is None else f"; on the reference path ({reason})"
 
     def _exchange(self, factors: Factors | None) -> None:
         stack = self._stack
