@@ -254,7 +254,7 @@ class _Pass:
         if self.angles is not None:
             cos, sin = self.angles
             q, k = rotate(q, cos[self.mine], sin[self.mine]), rotate(k, cos, sin)
-        v, implementation = value.unflatten(1, (-1, dimension)), self.view.config._attn_implementation
+        v, implementation = value.unflatten(1, (-1, dimension)), str(self.view.config._attn_implementation)
         z = attend(block.attention, q, k, v, rows, block.sliding_window, implementation).flatten(1)
         kept = self.batch.kept.get((block.index, "o")) if self.batch is not None else None
         adapters = stacked([block.o], h, self.masks, self.mine)
