@@ -66,11 +66,16 @@ _MATRIX = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # what 
 
 
 def quantised(base: nn.Module) -> str | None:
-    """How the weight of a linear map is quantised: "nf4", "fp4", torchao's class; None: not, as far as is known."""
+    """How the weight of a linear map is quantised: "nf4", "fp4", "int8" (torchao, weight only) or another class of
+    torchao's; None: not, as far as is known.
+    """
     weight: Any = getattr(base, "weight", None)
     if type(weight).__name__ == "Params4bit":
         return str(weight.quant_type)
-    return f"torchao {type(weight).__name__}" if type(weight).__module__.startswith("torchao.") else None
+    if not type(weight).__module__.startswith("torchao."):
+        return None
+    plain = type(weight).__name__ == "Int8Tensor" and getattr(weight, "act_quant_kwargs", None) is None
+    return "int8" if plain else f"torchao's {type(weight).__name__}"
 
 
 def matrix(base: nn.Module) -> Tensor:

@@ -403,7 +403,7 @@ def test_a_base_that_is_no_plain_linear_map_is_refused() -> None:
     refused(
         model,
         plan,
-        "up_proj of layer 1 is Quantised, not a plain nn.Linear: load the model unquantised, or in bitsandbytes",
+        "up_proj of layer 1 is Quantised, not a plain nn.Linear: load the model unquantised, in bitsandbytes",
     )
     sparsify(model, tiny.plan(model, selection="random", parts=("qk", "vo"))).remove()  # not touched there
 
