@@ -29,7 +29,9 @@ CASES: dict[int, list[Case]] = {
         ("opt", OPT, SyncPlan(2, ALL, corrections={2: "local_o"})),
         ("llama", {**SIZES, **EXACT}, SyncPlan(2, (1,), corrections={1: "gain"}, int8=(0, 2))),
         ("granite", {**SIZES, **EXACT}, SyncPlan(2, int8=ALL)),
-        ("phi3", {**SIZES, "intermediate_size": 40, **EXACT}, SyncPlan(2, (0,), int8=(2,))),
+        ("phi3", {**SIZES, "intermediate_size": 40, **EXACT}, SyncPlan(2, (0,), int8=(2,), skipped=(1,))),
+        ("granite", SIZES, SyncPlan(2, skipped=(0, 2))),
+        ("opt", OPT, SyncPlan(2, (2,), skipped=(0,))),
     ],
     4: [
         ("llama", WIDE, SyncPlan(4, ALL, corrections={0: "gain"})),
@@ -84,7 +86,8 @@ def test_ranks_agree_with_the_simulation(ranks, runs):
             assert torch.equal(rank["log_probabilities"], seen[0]["log_probabilities"]), where
             assert (rank["log_probabilities"] - expected).abs().max() < 5e-6, where
             assert torch.equal(rank["tokens"], tokens), where
-            assert rank["syncs"] == 2 * model.config.num_hidden_layers - len(plan.dropped) - len(plan.int8), where
+            spared = len(plan.dropped) + len(plan.int8) + len(plan.skipped)
+            assert rank["syncs"] == 2 * model.config.num_hidden_layers - spared, where
             assert rank["int8"] == len(plan.int8), where
         if plan.int8:
             with torch.no_grad(), simulate(model, SyncPlan(ranks, plan.dropped, corrections=plan.corrections)):
@@ -145,6 +148,13 @@ def test_one_rank_needs_no_others(tmp_path):
     with torch.no_grad():
         served_here = log_probabilities(runtime.load(place))
         assert torch.equal(served_here, log_probabilities(tiny("llama", dtype=torch.float32)))
+        skipping = SyncPlan(1, skipped=(0,))
+        model = model_of("llama", skipping)
+        with simulate(model, skipping):
+            expected = log_probabilities(model)
+        model = runtime.load(place, skipping)
+        assert (log_probabilities(model) - expected).abs().max() < 5e-6
+        assert (served_here - expected).abs().max() > 1e-3
 
 
 def test_a_healed_checkpoint_loads_with_its_own_plan_alone(tmp_path):

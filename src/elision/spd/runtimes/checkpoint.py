@@ -19,7 +19,7 @@ from elision.spd.corrections import NAME
 from elision.spd.plan import ModelFacts, SyncPlan
 
 # What of a plan the runtimes carry out; a plan that says more is refused, whatever it is.
-KNOWN = {"version", "ranks", "dropped", "healed", "corrections", "int8", "model", "calibration"}
+KNOWN = {"version", "ranks", "dropped", "healed", "corrections", "int8", "skipped", "model", "calibration"}
 RECORDS = {"heads", "healing", "verified"}  # what was done to the weights, is still to do, was measured: no arithmetic
 
 

@@ -6,8 +6,8 @@ transformers shards the weights as it reads them, gives every projection a forwa
 where its layout asks for it, and computes on each rank the attention of that rank's own heads. `drop_syncs` leaves all
 of this alone but for planned blocks: there the output projection hands the heads through, and the layer's forward is
 block.py's SPD block on the rank's own shards, with one all-reduce in all. A block whose first sync is sent in int8 is
-block.py's plain one, likewise, with int8.py's two exchanges in place of the first all-reduce. Every rank adds the same
-numbers to the same sum, so all ranks go on with the same bits.
+block.py's plain one, likewise, with int8.py's two exchanges in place of the first all-reduce; one that skips attention
+is its MLP and one all-reduce. Every rank adds the same numbers to the same sum, so all ranks go on with the same bits.
 
 Two families need help. OPT has no parallel plan in transformers, so it gets one. Phi-3's is changed: transformers
 gathers its fused gate and up projections on every rank, where each rank must see its own input's; they are split.
@@ -34,7 +34,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from elision.blocks import Block, Projection, decoder, load_config, model_path
 from elision.errors import InputError
 from elision.families import attention_shape, family_of, intermediate_size
-from elision.spd.block import LocalBlock, plain_block, shard, span, spd_block
+from elision.spd.block import LocalBlock, add_residual, mlp_share, plain_block, shard, span, spd_block
 from elision.spd.corrections import NAME as CORRECTION
 from elision.spd.int8 import all_reduce_on_rank
 from elision.spd.plan import SyncPlan
@@ -134,8 +134,8 @@ class DroppedSyncs:
 
 
 def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
-    """Leave out the planned blocks' first sync in a model that `load` read, or send it in int8, until the returned
-    handle is removed.
+    """Leave out the planned blocks' first sync in a model that `load` read, or their attention with it, or send it in
+    int8, until the returned handle is removed.
 
     Raises:
         InputError: the plan does not fit the model or its number of ranks, corrects a block for which the checkpoint
@@ -146,21 +146,22 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
     if size != plan.ranks:
         raise InputError(f"plan is for {plan.ranks} ranks, the model is shared by {size}: calibrate for {size} ranks")
     handle = DroppedSyncs()
-    if size == 1:  # one rank has all heads: nothing is lost and nothing to leave out
-        return handle
+    if size == 1:  # one rank has all heads: no sync is lost, only attention that is skipped
+        plan = SyncPlan(1, skipped=plan.skipped)
     view = decoder(model)
     corrections = getattr(model, _CORRECTIONS)
     if missing := sorted(set(plan.corrections) - set(corrections)):
         raise InputError(f"plan corrects block {missing[0]}, the checkpoint does not: use the plan that it carries")
-    blocks = [view.blocks[index] for index in (*plan.dropped, *plan.int8)]
+    blocks = [view.blocks[index] for index in (*plan.dropped, *plan.int8, *plan.skipped)]
     for block in blocks:
         if "forward" in vars(block.layer):
             raise InputError(f"block {block.index}'s forward is replaced already: remove what did it first")
-    group = _groups(model)[0]
-    rank = dist.get_rank(group)
+    group = next(iter(_groups(model)), None)
+    rank = 0 if group is None else dist.get_rank(group)
 
     def all_reduce(share: Tensor) -> Tensor:
-        dist.all_reduce(share, group=group)
+        if group is not None:
+            dist.all_reduce(share, group=group)
         return share
 
     def all_to_all(messages: Tensor) -> Tensor:
@@ -180,6 +181,9 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
         own = span(shard(rank, size, block.heads, block.kv_heads, block.intermediate_size).heads, block.head_dim)
         correction = corrections[block.index] if block.index in plan.corrections else {}
         local = _local_block(block, rank, own, correction)
+        if block.index in plan.skipped:
+            handle._replace(block.layer, partial(_skipped_layer, block.index, local, all_reduce))
+            continue
         gathered = own if block.q.rows is not None else None  # fused: each rank has the heads of all
         step = spd_block if block.index in plan.dropped else partial(plain_block, first=int8_reduce)
         handle._replace(block.layer, partial(_layer, block, local, gathered, partial(step, all_reduce=all_reduce)))
@@ -199,6 +203,20 @@ def _layer(
     assert block.attention_norm is not None
     heads = block.attention(hidden_states=block.attention_norm(hidden_states), **kwargs)[0]
     return step(hidden_states, heads if own is None else heads[..., own], local)
+
+
+def _skipped_layer(
+    index: int, local: LocalBlock, all_reduce: Callable[[Tensor], Tensor], hidden_states: Tensor, **kwargs: Any
+) -> Tensor:
+    """The decoder layer's forward without attention: X + r (MLP(norm(X)) + c), equal on every rank.
+
+    A key/value cache is still told how many tokens went by, because the model asks its first block for that.
+    """
+    if (cache := kwargs.get("past_key_values")) is not None:
+        nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+        cache.update(nothing, nothing, index)
+    total = all_reduce(mlp_share(hidden_states, local))
+    return add_residual(hidden_states, total, local.residual_multiplier, local.down_bias)
 
 
 def _identity(input: Tensor) -> Tensor:

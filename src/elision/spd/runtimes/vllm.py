@@ -126,6 +126,11 @@ class CheckPlan:
                 f"--pipeline-parallel-size {parallel.pipeline_parallel_size} cuts the plan's stack of blocks: "
                 "serve with tensor parallelism alone"
             )
+        if plan.skipped:
+            raise InputError(
+                f"plan skips block {plan.skipped[0]}'s attention, which the vLLM plugin does not do: drop its sync "
+                "instead, or serve with transformers"
+            )
         if model.quantization is not None:
             raise InputError(
                 f"quantization {model.quantization} has not been tested with SPD: serve without --quantization"
