@@ -427,7 +427,7 @@ def main() -> None:
             shared = run(ends, given.vllm, ["--shared-memory"], given.quick)
         for row in shared:
             console.print(f"vLLM's shared memory, {row['workload']}: one all-reduce {row['all_reduce_ms']:.3f} ms")
-    bars = verdicts(links)
+    bars = [] if given.quick else verdicts(links)  # two turns of a tiny model meet or miss nothing
     for each in bars:
         console.print(
             f"{'met ' if each['met'] else 'MISSED'}  {each['bar']}: {each['value']:.1%} ({each['limit']:.0%})"

@@ -61,7 +61,9 @@ def launch(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["elision.spd.runtimes.tasks"])
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    if method == "forkserver":
+        multiprocessing.get_context(method).set_forkserver_preload(["elision.spd.runtimes.tasks"])
     with tempfile.TemporaryDirectory(prefix="elision-ranks-") as logs, _contained():
         config = LaunchConfig(
             min_nodes=1,
@@ -73,7 +75,7 @@ def launch(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
-            start_method="forkserver",
+            start_method=method,
         )
         try:
             return elastic_launch(config, _rank)(ranks, body, *arguments)[0]
@@ -88,7 +90,8 @@ def launch(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
 def _rank(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
     """One process: its share of the machine's cores, the loopback for gloo, and the body."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // ranks))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     result = body(*arguments)
