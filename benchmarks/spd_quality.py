@@ -21,7 +21,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,9 +96,11 @@ def measure(
     def copied() -> Any:
         return copy.deepcopy(model)
 
-    def healed(how: str, grouped: bool = False) -> Treated:
-        start = regroup(copied(), bare, few, quiet=True) if grouped else Treated(copied(), bare)
-        return heal(*start, calibration, recipe=Recipe(seed=seed, **recipe[how]), state=state, quiet=True)
+    def healed(how: str, plan: SyncPlan = bare, grouped: bool = False) -> Treated:
+        values = dict(recipe[how])
+        grouped = values.pop("heads", grouped)  # "heads": true in a recipe stands for head grouping before it
+        start = regroup(copied(), plan, few, quiet=True) if grouped else Treated(copied(), plan)
+        return heal(*start, calibration, recipe=Recipe(seed=seed, **values), state=state, quiet=True)
 
     ways: dict[str, Callable[[], Treated]] = {
         "zero-shot": lambda: Treated(copied(), bare),
@@ -126,29 +128,35 @@ def measure(
         for text, batches in scored.items():
             journal(f"{name} | {text}", partial(quality, *treated, batches))
         if name in CURVES:
+
+            def at(k: int, name: str = name, treated: Treated = treated) -> Treated:
+                """Blocks that learned from the teacher's stream are alike whatever else is dropped; ours are not."""
+                kept = tuple(order[:k])
+                if name == "ours" and 0 < k < len(layers):
+                    return healed("ours", SyncPlan(ranks, kept))
+                return treated if k == len(layers) else only(model, treated if k else Treated(copied(), bare), kept)
+
             ceiling = dense * (1 + min(recipe["limits"]))
-            journal(wanted[-1], partial(curve, model, treated, order, scored["library"], ceiling))
+            journal(wanted[-1], partial(curve, at, len(layers), scored["library"], ceiling))
 
 
-def curve(model: Any, treated: Treated, order: Sequence[int], batches: Batches, ceiling: float) -> dict[str, Any]:
-    """Quality with the first k blocks of the order dropped, from all of them down to where perplexity is in bounds.
-
-    Blocks that keep their sync keep the original's weights too.
-    """
-    found, plan = {}, treated.plan
-    mixed = copy.deepcopy(treated.model)
-    for k in range(len(order), -1, -1):
-        for index in order[k : k + 1]:
-            own = decoder(model).blocks[index].layer.state_dict()
-            decoder(mixed).blocks[index].layer.load_state_dict(
-                own, strict=False
-            )  # corrections stay, unnamed by the plan
-        kept = tuple(order[:k])
-        corrections = {index: kind for index, kind in plan.corrections.items() if index in kept}
-        found[str(k)] = quality(mixed, SyncPlan(plan.ranks, kept, corrections), batches)
+def curve(at: Callable[[int], Treated], layers: int, batches: Batches, ceiling: float) -> dict[str, Any]:
+    """Quality with the first k blocks of the order dropped, from all of them down to where perplexity is in bounds."""
+    found: dict[str, Any] = {}
+    for k in range(layers, -1, -1):
+        found[str(k)] = quality(*at(k), batches)
         if found[str(k)]["perplexity"] <= ceiling:
             break
     return found
+
+
+def only(model: Any, treated: Treated, kept: tuple[int, ...]) -> Treated:
+    """`treated` with blocks `kept` dropped alone: the others have their sync and the original's weights."""
+    mixed = copy.deepcopy(treated.model)
+    for index in set(treated.plan.dropped) - set(kept):
+        own = decoder(model).blocks[index].layer.state_dict()
+        decoder(mixed).blocks[index].layer.load_state_dict(own)
+    return Treated(mixed, SyncPlan(treated.plan.ranks, kept))
 
 
 def main(
