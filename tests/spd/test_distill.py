@@ -126,6 +126,35 @@ def test_corrections_take_part_and_are_trained():
     assert all(not torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
 
 
+def test_what_a_plan_still_has_to_heal_is_done_as_it_says():
+    model, base = tiny("llama"), tiny("llama")
+    healed = heal(
+        model, SyncPlan(RANKS, ALL, healing={0: "correct", 1: "b2b", 2: "hg+b2b"}), DATA, recipe=QUICK, quiet=True
+    )
+    assert healed.plan == SyncPlan(RANKS, ALL, {0: "gain"}, healed=(1, 2), heads=healed.plan.heads)
+    assert healed.plan.corrections == {0: "gain"} and set(healed.plan.heads) == {2} and not healed.plan.healing
+    before, after = layers(base), layers(model)
+    assert {name: value for name, value in after[0].items() if "spd_" not in name} == before[0]
+    assert all(after[i][name] != value for i in (1, 2) for name, value in before[i].items())
+    assert last_error(model, base, healed.plan) < last_error(base, tiny("llama"), PLAN)
+
+
+def test_a_correction_is_fitted_to_the_stream_that_the_student_gets():
+    """Block 1's constant is the mean of what its ranks miss behind a healed block 0, not behind the original one."""
+    recipe = Recipe(epochs=1, lr=1e-9, correction="constant")  # what was fitted is hardly trained
+    seen = []
+    for blocks in ((0, 1), (1,)):
+        model = tiny("opt")
+        heal(model, SyncPlan(RANKS, (0, 1)), DATA, blocks=blocks, recipe=recipe, quiet=True)
+        seen.append(model.state_dict()["model.decoder.layers.1.spd_correction.constant"])
+    twin = tiny("opt")
+    both = correct(twin, SyncPlan(RANKS, (0, 1)), DATA, "constant", quiet=True)
+    torch.testing.assert_close(
+        seen[0], both.model.state_dict()["model.decoder.layers.1.spd_correction.constant"], rtol=1e-5, atol=1e-7
+    )
+    assert (seen[0] - seen[1]).abs().max() > 1e-4  # block 0 uncorrected gives another stream
+
+
 def test_a_block_that_gets_no_better_keeps_its_weights():
     model = tiny("llama")
     state = bits(model)
