@@ -1,28 +1,45 @@
-"""How long a LoRA fine-tuning step takes: Hugging Face PEFT, what is lossless to leave out, and SparseLoRA.
+"""How long a LoRA fine-tuning step takes: what a user could pick, what is lossless to leave out, and SparseLoRA.
 
     python benchmarks/finetune_step.py                    shapes S1 and S2 of the bars, 25% output tokens
+    python benchmarks/finetune_step.py --shares 0.1,0.25,0.5
+    python benchmarks/finetune_step.py --padded           rows as long as GSM8K's problems, padded to the longest
+    python benchmarks/finetune_step.py --breakdown        where one step's time goes, by kind of operation
     python benchmarks/finetune_step.py --quick            a tiny shape, to see that all of it runs
     python benchmarks/finetune_step.py --resume runs.jsonl   keep timings there, go on where it stopped
 
-Random weights in bfloat16, full rows, LoRA r 32 on Q, K, V, O, AdamW. Variants take turns, one warm-up and one timed
-step a turn, and the median over the turns counts, so that a machine that slows down slows all of them. `ideal` is the
-ratio of the operations that have to be done (elision.sparselora.flops, causal attention), `efficiency` the measured
-share of it, both over PEFT with bfloat16 adapters, whose arithmetic is that of the others. The last line is JSON.
+Random weights in bfloat16, LoRA r 32 on Q, K, V, O, AdamW. Variants take turns, one warm-up and one timed step a turn,
+and the median over the turns counts, so that a machine that slows down slows all of them:
+
+    PEFT                  as Hugging Face runs it: adapters in float32
+    PEFT bf16 adapters    the arithmetic of all below
+    compiled              that, under torch.compile
+    padding-free          that, with rows packed into one
+    Liger                 that, with Liger's kernels (on a GPU, where they are installed)
+    published algorithm   the operations of the published SparseLoRA code (published.py)
+    dense + lossless      elision.sparselora.lossless: exact, and the baseline of sparsity
+    sparse                SparseLoRA without the lossless elisions
+    sparse + lossless     SparseLoRA as it comes
+
+`ideal` is the ratio of the operations that have to be done (elision.sparselora.flops, causal attention), `efficiency`
+the measured share of it, both over PEFT with bf16 adapters. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lengths
+import published
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
@@ -31,8 +48,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from elision.sparselora import Elisions, Factors, SparsityPlan, flops, lossless, sparsify, tokens
 
-VARIANTS = ("PEFT", "PEFT bf16 adapters", "dense + lossless", "sparse", "sparse + lossless")
+OTHERS = ("PEFT", "PEFT bf16 adapters", "compiled", "padding-free", "Liger", "published algorithm")
+VARIANTS = (*OTHERS, "dense + lossless", "sparse", "sparse + lossless")
 BASE = "PEFT bf16 adapters"  # what ideal and efficiency are relative to
+KINDS = ("attention", "base products", "adapters", "estimator", "head and loss", "gathers", "optimizer", "pointwise")
 
 
 @dataclass(frozen=True)
@@ -89,30 +108,49 @@ def plan_for(model: Any, setting: Setting) -> SparsityPlan:
     return SparsityPlan(facts, ffn=ffn, qk=deep, vo=deep, dense_steps=0.0)
 
 
-def batch_for(setting: Setting, share: float, device: str) -> dict[str, torch.Tensor]:
-    """Full rows of random tokens, the last `share` of each an answer."""
-    ids = torch.randint(
-        0, setting.vocabulary, (setting.rows, setting.length), generator=torch.Generator().manual_seed(1)
-    )
-    labels = ids.clone()
-    labels[:, : setting.length - round(share * setting.length)] = tokens.IGNORED
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+def batch_for(setting: Setting, share: float | None, device: str) -> dict[str, torch.Tensor]:
+    """Random tokens: full rows, the last `share` of each an answer; None: rows of GSM8K's lengths, padded."""
+    generator = torch.Generator().manual_seed(1)
+    full = round((1 - (share or 0)) * setting.length)
+    pairs = [(full, setting.length - full)] * setting.rows
+    if share is None:
+        pairs = lengths.draw(setting.rows, 1, setting.length)
+    longest = max(map(sum, pairs))
+    ids = torch.randint(0, setting.vocabulary, (setting.rows, longest), generator=generator)
+    labels, mask = torch.full_like(ids, tokens.IGNORED), torch.zeros_like(ids)
+    for row, (prompt, answer) in enumerate(pairs):
+        mask[row, : prompt + answer] = 1
+        labels[row, prompt : prompt + answer] = ids[row, prompt : prompt + answer]
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch's rows one after another in a single one, told apart by their positions, as collators pack them."""
+    real = batch["attention_mask"].bool()
+    positions = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    labels = batch["labels"].clone()
+    labels[:, 0] = tokens.IGNORED  # no row predicts the next one's first token
+    found = {"input_ids": batch["input_ids"], "labels": labels, "position_ids": positions}
+    return {name: tensor[real][None] for name, tensor in found.items()}
 
 
 def operations(setting: Setting, model: Any, batch: dict[str, torch.Tensor], plan: SparsityPlan, variant: str) -> float:
     """What a variant has to compute: floating-point operations of a forward and backward."""
     shape, kinds = flops.Shape.of(model), tokens.classify(batch["labels"].cpu(), batch["attention_mask"].cpu())
-    exact = variant.endswith("lossless")
+    exact, pruned = variant.endswith("lossless"), variant.startswith(("sparse", "published"))
     work = flops.Workload.of(kinds, padded=not exact)
-    cost = flops.step(shape, work, flops.adapters_of(model), plan if variant.startswith("sparse") else None)
+    if variant == "padding-free":
+        real = batch["attention_mask"].sum(dim=1).tolist()
+        work = flops.Workload(tuple(real), work.context, sum(real))
+    cost = flops.step(shape, work, flops.adapters_of(model), plan if pruned else None)
     total = cost.total(causal=True)
     if not exact:
         return total
     last = setting.layers - 1  # where rows that bear no loss need keys and values only
     for name in ("q", "o", "gate", "up", "down"):
         inputs, outputs = shape.projections[name]
-        kept = 1.0 - plan.sparsity(last, name) if variant.startswith("sparse") else 1.0
+        kept = 1.0 - plan.sparsity(last, name) if pruned else 1.0
         rows = work.context * kept + work.tokens - work.context - work.logits
         total -= 4.0 * rows * inputs * outputs
         if name in ("q", "o"):
@@ -120,39 +158,106 @@ def operations(setting: Setting, model: Any, batch: dict[str, torch.Tensor], pla
     return total
 
 
+def available(device: str) -> tuple[str, ...]:
+    """The variants that can run here."""
+    liger = device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    return tuple(variant for variant in VARIANTS if variant != "Liger" or liger)
+
+
 @contextmanager
-def prepared(model: Any, plan: SparsityPlan, factors: Factors, variant: str) -> Iterator[None]:
-    """`model` as the variant trains it."""
-    dtype = torch.bfloat16 if variant == BASE else torch.float32
+def prepared(
+    model: Any, plan: SparsityPlan, factors: Factors, batch: dict[str, torch.Tensor], variant: str
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """Make `model` what the variant trains; yields what runs a forward on `batch` and returns its loss."""
+    dtype = torch.float32 if variant == "PEFT" else torch.bfloat16
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
             parameter.grad = None
+    given = packed(batch) if variant == "padding-free" else batch
     handle: AbstractContextManager[Any] = nullcontext()
+    called = model
     if variant == "dense + lossless":
         handle = lossless(model, path="fast")
     elif variant == "sparse":
         handle = sparsify(model, plan, factors, path="fast", elisions=Elisions.none())
     elif variant == "sparse + lossless":
         handle = sparsify(model, plan, factors, path="fast")
+    elif variant == "published algorithm":
+        kinds = tokens.classify(batch["labels"].cpu(), batch["attention_mask"].cpu())
+        handle = published.applied(model, plan, kinds.context.to(batch["labels"].device), factors)
+    elif variant == "compiled":
+        called = torch.compile(model)
+    elif variant == "Liger":
+        handle = liger(model)
     with handle:
+        yield lambda: called(**given).loss
+
+
+@contextmanager
+def liger(model: Any) -> Iterator[None]:
+    """`model`'s own modules with Liger's kernels; their forwards are put back afterwards."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama  # pyright: ignore[reportMissingImports]
+
+    inner = model.get_base_model()
+    before = {module: dict(vars(module)) for module in inner.modules()}
+    apply_liger_kernel_to_llama(model=inner)
+    try:
         yield
+    finally:
+        for module, attributes in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
-def timed(model: Any, batch: dict[str, torch.Tensor], device: str) -> tuple[float, float]:
+def timed(model: Any, loss: Callable[[], torch.Tensor], device: str) -> tuple[float, float]:
     """Seconds of one step after one to warm up, and the peak of memory in MB."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     seconds = 0.0
     for _ in range(2):
         reset_peak(device)
         start = time.perf_counter()
-        model(**batch).loss.backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     return seconds, peak(device)
+
+
+def breakdown(model: Any, loss: Callable[[], torch.Tensor], setting: Setting, plan: SparsityPlan) -> dict[str, float]:
+    """Share of one step's time by KINDS: operations told apart by their names and shapes."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CPU, activity.CUDA] if torch.cuda.is_available() else [activity.CPU]
+    loss().backward()
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as profile:
+        loss().backward()
+        optimizer.step()
+    found: dict[str, float] = {kind: 0.0 for kind in KINDS}
+    for event in profile.key_averages(group_by_input_shape=True):
+        if event.key.startswith("aten::") or "Optimizer" in event.key or event.key.startswith("autograd::"):
+            own = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+            found[kind_of(event.key, event.input_shapes, setting, plan.rank)] += own
+    total = sum(found.values())
+    return {kind: round(spent / total, 4) for kind, spent in found.items()}
+
+
+def kind_of(name: str, shapes: Any, setting: Setting, rank: int) -> str:
+    """Which of KINDS an operation with inputs of these shapes is."""
+    sizes = {size for shape in shapes or () for size in (shape if isinstance(shape, list) else [])}
+    if "attention" in name or name in ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_softmax_backward_data"):
+        return "attention"
+    if setting.vocabulary in sizes or "nll_loss" in name or "log_softmax" in name:
+        return "head and loss"
+    if "Optimizer" in name or "_foreach" in name or "_fused_adam" in name:
+        return "optimizer"
+    if name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul"):
+        return "estimator" if rank in sizes else "adapters" if 32 in sizes or 96 in sizes else "base products"
+    if name.startswith(("aten::index", "aten::gather", "aten::scatter", "aten::nonzero", "aten::masked")):
+        return "gathers"
+    return "pointwise"
 
 
 def reset_peak(device: str) -> None:
@@ -175,7 +280,7 @@ def peak(device: str) -> float:
         return float("nan")
 
 
-def measure(name: str, share: float, rounds: int, device: str, log: Path | None, console: Console) -> list[dict]:
+def measure(name: str, share: float | None, rounds: int, device: str, log: Path | None, console: Console) -> list[dict]:
     """Rows of the result for one shape and output share."""
     done = [json.loads(line) for line in log.read_text().splitlines()] if log and log.exists() else []
     done = [run for run in done if (run["shape"], run["output_share"], run["device"]) == (name, share, device)]
@@ -183,23 +288,26 @@ def measure(name: str, share: float, rounds: int, device: str, log: Path | None,
     model = build(setting, device)
     plan, batch = plan_for(model, setting), batch_for(setting, share, device)
     factors = Factors.compute(model, plan.rank, plan)
+    variants = available(device)
     for turn in range(rounds):
-        for variant in VARIANTS:
+        for variant in variants:
             if any(run["variant"] == variant and run["turn"] == turn for run in done):
                 continue
-            with prepared(model, plan, factors, variant):
-                seconds, megabytes = timed(model, batch, device)
+            with prepared(model, plan, factors, batch, variant) as loss:
+                seconds, megabytes = timed(model, loss, device)
             run = {"shape": name, "output_share": share, "device": device, "variant": variant, "turn": turn}
             run |= {"ms": 1e3 * seconds, "peak_mb": megabytes}
-            console.print(f"{name} {share:.0%} turn {turn + 1}/{rounds}  {variant}: {run['ms']:.0f} ms", style="dim")
+            console.print(
+                f"{name} {output(share)} turn {turn + 1}/{rounds}  {variant}: {run['ms']:.0f} ms", style="dim"
+            )
             done.append(run)
             if log:
                 with log.open("a") as file:
                     file.write(json.dumps(run) + "\n")
-    took = {v: statistics.median(run["ms"] for run in done if run["variant"] == v) for v in VARIANTS}
-    needs = {v: operations(setting, model, batch, plan, v) for v in VARIANTS}
-    rows = []
-    for variant in VARIANTS:
+    took = {v: statistics.median(run["ms"] for run in done if run["variant"] == v) for v in variants}
+    needs = {v: operations(setting, model, batch, plan, v) for v in variants}
+    rows, size = [], int(batch["attention_mask"].sum())
+    for variant in variants:
         ideal, over = needs[BASE] / needs[variant], took[BASE] / took[variant]
         rows.append(
             {
@@ -213,7 +321,7 @@ def measure(name: str, share: float, rounds: int, device: str, log: Path | None,
                 "ideal": round(ideal, 3),
                 "efficiency": round(over / ideal, 3),
                 "gflops": float(f"{needs[variant] / 1e9:.4g}"),
-                "tokens_per_s": round(setting.rows * setting.length / took[variant] * 1e3),
+                "tokens_per_s": round(size / took[variant] * 1e3),
                 "peak_mb": round(max(run["peak_mb"] for run in done if run["variant"] == variant)),
             }
         )
@@ -227,7 +335,7 @@ def show(rows: list[dict], console: Console) -> None:
     for head in (*heads, "GFLOP", "tokens/s", "peak MB"):
         table.add_column(head, justify="left" if head in ("shape", "variant") else "right")
     for row in rows:
-        values = [row["shape"], f"{row['output_share']:.0%}", row["variant"], f"{row['step_ms']:.0f}"]
+        values = [row["shape"], output(row["output_share"]), row["variant"], f"{row['step_ms']:.0f}"]
         values += [f"{row[key]:.2f}x" for key in ("speedup", "speedup_bf16", "ideal")] + [f"{row['efficiency']:.0%}"]
         table.add_row(*values, f"{row['gflops']:.4g}", str(row["tokens_per_s"]), str(row["peak_mb"]))
     console.print(table)
@@ -235,7 +343,34 @@ def show(rows: list[dict], console: Console) -> None:
         own = {row["variant"]: row for row in rows if (row["shape"], row["output_share"]) == (shape, share)}
         dense, sparse = own["dense + lossless"], own["sparse + lossless"]
         gain, ideal = dense["step_ms"] / sparse["step_ms"], dense["gflops"] / sparse["gflops"]
-        console.print(f"{shape} {share:.0%}: sparse + lossless over dense + lossless {gain:.2f}x, ideal {ideal:.2f}x")
+        console.print(
+            f"{shape} {output(share)}: sparse + lossless over dense + lossless {gain:.2f}x, ideal {ideal:.2f}x"
+        )
+
+
+def output(share: float | None) -> str:
+    """How a batch's share of output tokens is called."""
+    return "padded" if share is None else f"{share:.0%}"
+
+
+def show_breakdown(name: str, share: float | None, device: str, console: Console) -> list[dict]:
+    """Table and rows of where the time of one step goes, for PEFT, the lossless step and the sparse one."""
+    setting = SETTINGS[name]
+    model = build(setting, device)
+    plan, batch = plan_for(model, setting), batch_for(setting, share, device)
+    factors = Factors.compute(model, plan.rank, plan)
+    rows = []
+    for variant in (BASE, "dense + lossless", "sparse + lossless"):
+        with prepared(model, plan, factors, batch, variant) as loss:
+            rows.append({"variant": variant, "shape": name, "output_share": share, "device": device})
+            rows[-1]["breakdown"] = breakdown(model, loss, setting, plan)
+    table = Table(title=f"Where a step's time goes: {name}, {output(share)}")
+    for head in ("", *(row["variant"] for row in rows)):
+        table.add_column(head, justify="right" if head else "left")
+    for kind in KINDS:
+        table.add_row(kind, *(f"{row['breakdown'][kind]:.1%}" for row in rows))
+    console.print(table)
+    return rows
 
 
 def main() -> None:
@@ -247,6 +382,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", type=Path, help="file of timings to go on from and to add to")
+    parser.add_argument("--padded", action="store_true", help="rows of GSM8K's lengths instead of full ones")
+    parser.add_argument("--breakdown", action="store_true", help="profile one step instead of timing")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, two turns")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -256,9 +393,13 @@ def main() -> None:
     console = Console(width=150)
     rows = []
     for name in shapes:
-        for share in given.shares.split(","):
-            rows += measure(name, float(share), rounds, given.device, given.resume, console)
-    show(rows, console)
+        for share in [None] if given.padded else [float(share) for share in given.shares.split(",")]:
+            if given.breakdown:
+                rows += show_breakdown(name, share, given.device, console)
+            else:
+                rows += measure(name, share, rounds, given.device, given.resume, console)
+    if not given.breakdown:
+        show(rows, console)
     versions = {"torch": torch.__version__, "threads": given.threads, "rounds": rounds}
     print(json.dumps({"benchmark": "finetune_step", **versions, "rows": rows}))
 
