@@ -14,7 +14,7 @@ from torch import Tensor
 from elision import blocks, streaming
 from elision.errors import InputError
 from elision.evaluate import loss
-from elision.sparselora import SparsityPlan, calibrate, sparsify, sweep
+from elision.sparselora import SparsityPlan, calibrate, sparsify, stopwatch, sweep
 from elision.sparselora.forecasts import forecast
 from elision.sparselora.plan import PARTS
 from tests.sparselora import tiny
@@ -133,7 +133,7 @@ def test_a_loss_limit_holds_for_all_parts_together() -> None:
 def test_time_is_measured_and_budgeted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.lora("llama")
     monkeypatch.setattr(
-        "elision.sparselora.calibration.step_seconds", lambda *_: {"dense": 1.0, "ffn": 0.5, "attention": 0.9}
+        "elision.sparselora.stopwatch.step_seconds", lambda *_: {"dense": 1.0, "ffn": 0.5, "attention": 0.9}
     )
     plan = quick(model, time=0.7)
     found = plan.calibration
@@ -144,12 +144,11 @@ def test_time_is_measured_and_budgeted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_are_timed_on_the_model_itself() -> None:
-    from elision.sparselora.calibration import step_seconds
-
     model = tiny.lora("llama", dtype=torch.float32)
     before = tiny.bits(model)
-    found = step_seconds(model, data(1)[0], {"dense": tiny.plan(model, 0.0), "sparse": tiny.plan(model, 0.9)})
-    assert set(found) == {"dense", "sparse"} and all(seconds > 0 for seconds in found.values())
+    found = stopwatch.measure(model, data(), tiny.plan(model, 0.9), turns=2)
+    assert list(found) == ["LoRA", "dense + lossless", "sparse + lossless"]
+    assert all(seconds > 0 for seconds in found.values())
     assert tiny.bits(model) == before and all(p.grad is None for p in model.parameters())
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from elision.sparselora.factors import Factors
     from elision.sparselora.forecasts import Forecast, forecast
     from elision.sparselora.plan import Calibration, ModelFacts, SparsityPlan
+    from elision.sparselora.presets import load_predictor
     from elision.sparselora.rows import Elisions
     from elision.sparselora.trainers import keep_labels
 
@@ -34,6 +35,7 @@ __all__ = [
     "calibrate",
     "forecast",
     "keep_labels",
+    "load_predictor",
     "lossless",
     "sparsify",
 ]
@@ -49,6 +51,7 @@ _HOME = {
     "calibrate": "calibration",
     "forecast": "forecasts",
     "keep_labels": "trainers",
+    "load_predictor": "presets",
     "lossless": "apply",
     "sparsify": "apply",
 }

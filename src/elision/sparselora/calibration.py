@@ -21,9 +21,7 @@ how many seconds an operation left out is worth in each.
 from __future__ import annotations
 
 import math
-import statistics
-import time as clock
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,7 @@ from elision.errors import InputError
 from elision.facts import ModelFacts
 from elision.layerwise import fingerprint
 from elision.sparselora import flops as counting
-from elision.sparselora import sweep
+from elision.sparselora import stopwatch, sweep
 from elision.sparselora.allotment import Allotment, Point, allot
 from elision.sparselora.factors import Factors, estimated
 from elision.sparselora.flops import Shape, Workload
@@ -50,7 +48,6 @@ GRID = (0.5, 0.75, 0.9, 0.99)
 COUNTED = ("base", "adapters", "attention", "estimator", "head")
 
 _TIGHTENINGS = 6  # measurements of a plan at most, to bring its increase within max_loss
-_TIMED_STEPS = 3
 
 
 def calibrate(
@@ -286,7 +283,7 @@ class _Cost:
         high = (max(self.grid),) * self.shape.layers
         now = replace(self.base, dense_steps=0.0)
         plans = {"dense": now, "ffn": replace(now, ffn=high), "attention": replace(now, qk=high, vo=high)}
-        took = step_seconds(model, batch, plans)
+        took = stopwatch.step_seconds(model, [batch], plans)
         one = _Cost(model, works, self.base, self.grid)
         saved = {name: one.dense - one.operations(plan) for name, plan in plans.items()}
         self.names = list(COUNTED)
@@ -294,35 +291,6 @@ class _Cost:
         for part in PARTS:
             kind = "ffn" if part == "ffn" else "attention"
             self.worth[part] = max(0.0, (took["dense"] - took[kind]) / saved[kind])
-
-
-def step_seconds(
-    model: nn.Module, batch: Mapping[str, torch.Tensor], plans: Mapping[str, SparsityPlan]
-) -> dict[str, float]:
-    """Median seconds of forward and backward of `model` on `batch` under each plan, in turns; gradients are dropped.
-
-    Raises:
-        InputError: what `sparsify` refuses.
-    """
-    from elision.sparselora.apply import sparsify
-
-    seconds: dict[str, list[float]] = {name: [] for name in plans}
-    training = model.training
-    model.train()
-    try:
-        for turn in range(_TIMED_STEPS + 1):
-            for name, plan in plans.items():
-                with sparsify(model, plan) as handle:
-                    handle.step(0.0)
-                    for warm in (True, False):
-                        start = clock.perf_counter()
-                        model(**batch).loss.backward()
-                        if not warm and turn:
-                            seconds[name].append(clock.perf_counter() - start)
-    finally:
-        model.train(training)
-        model.zero_grad(set_to_none=True)
-    return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 def _budget(flops: float | None, time: float | None, max_loss: float | None) -> tuple[str, float]:

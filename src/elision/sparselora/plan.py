@@ -180,6 +180,17 @@ class SparsityPlan:
         }
         return cls(model=facts, **by_part, **settings)
 
+    @classmethod
+    def preset(cls, name: str) -> SparsityPlan:
+        """The paper's plan of that name, such as "llama3-8b/math10k"; `elision sparselora presets` lists them.
+
+        Raises:
+            InputError: no preset of that name.
+        """
+        from elision.sparselora.presets import preset
+
+        return preset(name)
+
     def sparsity(self, layer: int, projection: str) -> float:
         """Sparsity of the part that `projection` (q, k, v, o, gate, up or down) of `layer` belongs to."""
         return getattr(self, PART_OF[projection])[layer]

@@ -1,0 +1,91 @@
+"""The paper's plans as data, and its authors' predictors, loaded as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from elision import blocks
+from elision.errors import InputError
+from elision.sparselora import Factors, SparsityPlan, flops, load_predictor, presets, sparsify
+from tests.sparselora import tiny
+from tests.sparselora.test_flops import LLAMA3_8B, MATH10K, QKVO, ROWS
+
+
+def test_every_row_of_the_paper_s_table_is_there() -> None:
+    assert len(presets.names()) == 10
+    plans = {name: SparsityPlan.preset(name) for name in presets.names()}
+    assert plans["llama3-8b/math10k"] == MATH10K
+    assert flops.relative(LLAMA3_8B, ROWS, QKVO, MATH10K, count=("base",)) == pytest.approx(0.457, abs=0.003)
+    assert plans["llama2-13b/csr170k"].describe() == "ffn 97% in 13-36; qk 20% in 17-36; vo 20% in 17-36"
+    assert plans["llama2-13b/csr170k"].dense_steps == 0.1 and plans["llama2-13b/csr170k"].model.layers == 40
+    assert plans["llama3-8b/glue"].describe().startswith("ffn 95% in 17-30 + 50% in 31; qk 75% in 17-29")
+    assert "qk 60% in 17-19, 21-23, 25-29" in plans["llama2-7b/math10k"].describe()
+    with pytest.raises(InputError, match="preset 'llama3' is not known: use one of llama2-7b/csr170k"):
+        SparsityPlan.preset("llama3")
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> tuple[Path, Any]:
+    """A predictor in the published layout, and the model that it is for."""
+    model = tiny.lora("llama", dtype=torch.float32)
+    factors = Factors.compute(model, 3)
+    names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
+    names |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}
+    tensors = {}
+    for key, (b, a) in factors.pairs.items():
+        _, layer, name = key.split(".")
+        tensors[f"model.layers.{layer}.{names[name]}.w1"] = a.T.contiguous()
+        tensors[f"model.layers.{layer}.{names[name]}.w2"] = b.T.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    sparsity = {f"model.layers.{i}.{place}": 0 for i in range(2) for place in ("mlp", "self_attn")}
+    modes = {
+        "o1": {"layer_sparsity": {**sparsity, "model.layers.1.mlp": 0.9}},
+        "o2": {"layer_sparsity": {**sparsity, "model.layers.1.mlp": 0.99, "model.layers.1.self_attn": 0.75}},
+    }
+    config = {"base_model": "tiny", "predictor_rank": 3, "modes": modes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path, model
+
+
+def test_a_published_predictor_is_the_plan_and_factors_that_it_was(published: tuple[Path, Any]) -> None:
+    path, model = published
+    plan, factors = load_predictor(path, model, "o2")
+    assert plan.describe() == "ffn 99% in 1; qk 75% in 1; vo 75% in 1" and plan.rank == 3 and plan.selection == "svd"
+    own = Factors.compute(model, 3, plan)
+    assert factors.pairs.keys() == own.pairs.keys() and factors.fingerprint == own.fingerprint
+    assert all(torch.equal(x, y) for key in own.pairs for x, y in zip(factors.pairs[key], own.pairs[key], strict=True))
+    with sparsify(model, plan, factors) as handle:
+        handle.step(0.5)
+        model(**tiny.batch())
+        assert handle.forwards == {"sparse": 1}
+    assert load_predictor(path, model, "o1")[0].describe() == "ffn 90% in 1; qk dense; vo dense"
+
+
+def test_predictors_that_do_not_belong_are_refused(published: tuple[Path, Any]) -> None:
+    path, model = published
+    with pytest.raises(InputError, match=r"mode 'o3' is not in predictor .*: use one of o1, o2"):
+        load_predictor(path, model, "o3")
+    with torch.no_grad():
+        up = blocks.decoder(model).blocks[1].up.base.weight
+        up.copy_(torch.randn_like(up))
+    with pytest.raises(InputError, match=r"made from other weights than this model's \(model.layers.1.mlp.up_proj\)"):
+        load_predictor(path, model, "o1")
+    with pytest.raises(InputError, match="which do not fit"):
+        load_predictor(path, tiny.lora("llama", dtype=torch.float32, intermediate_size=48), "o1")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.gate_proj.w2"]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(InputError, match=r"lacks model.layers.1.mlp.gate_proj.w2, which mode o1 prunes"):
+        load_predictor(path, model, "o1")
+    (path / "model.safetensors").write_bytes(b"{}")
+    with pytest.raises(InputError, match=r"model.safetensors cannot be read"):
+        load_predictor(path, model, "o1")
+    (path / "config.json").write_text('{"modes": {}}')
+    with pytest.raises(InputError, match="it is of another layout"):
+        load_predictor(path, model, "o1")
