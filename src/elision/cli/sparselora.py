@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
+from elision.cli import plans
 from elision.cli.common import Commands, Model, load
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Fine-tune with contextual sparsity.")
+app.command()(plans.calibrate)
+app.command()(plans.presets)
+app.command()(plans.bench)
 
 
 @app.command()
@@ -17,7 +21,7 @@ def train(
     model: Model,
     data: Annotated[Path, typer.Option(help=".json or .jsonl of prompts and answers.")],
     out: Annotated[Path, typer.Option(help="Directory of the PEFT adapter; a rerun resumes.")],
-    plan: Annotated[Path | None, typer.Option(help="SparsityPlan to train by.")] = None,
+    plan: Annotated[str | None, typer.Option(help="File of the SparsityPlan to train by, or a preset's name.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="One sparsity for all layers instead; 0 is LoRA.")] = None,
     epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = 1.0,
     batch: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 8,
@@ -28,9 +32,9 @@ def train(
     seed: Annotated[int, typer.Option(min=0, help="Of adapter and data order.")] = 0,
 ) -> None:
     """Fine-tune with SparseLoRA; what comes out is an ordinary PEFT adapter."""
-    from elision.data import load_examples
+    from elision.data import collate, encode, load_examples
     from elision.errors import InputError
-    from elision.sparselora import SparsityPlan
+    from elision.sparselora import SparsityPlan, forecast
     from elision.sparselora.train import Settings, add_adapter
     from elision.sparselora.train import train as run
 
@@ -39,7 +43,7 @@ def train(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not empty: give a new directory")
     examples = load_examples(data)
-    loaded_plan = None if plan is None else SparsityPlan.load(plan)
+    loaded_plan = None if plan is None else plans.named_plan(plan)
     loaded, tokenizer = load(model, dtype)
     settings = Settings(
         steps=max(1, round(epochs * len(examples) / batch)),
@@ -51,5 +55,10 @@ def train(
     )
     if loaded_plan is None and sparsity:
         loaded_plan = SparsityPlan.uniform(loaded, sparsity)
-    run(add_adapter(loaded, settings), tokenizer, examples, loaded_plan, out, settings)
+    adapted = add_adapter(loaded, settings)
+    if loaded_plan is not None:
+        rows = encode(tokenizer, examples[:: max(1, len(examples) // 64)], max_length)
+        sample = [collate(rows[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(rows), batch)]
+        typer.echo(forecast(adapted, sample, loaded_plan).line())
+    run(adapted, tokenizer, examples, loaded_plan, out, settings)
     typer.echo(f"adapter: {out}")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from elision.errors import InputError
+from elision.facts import ModelFacts
 from elision.sparselora import flops, tokens
 from elision.sparselora.flops import Adapter, Cost, Shape, Workload
 from elision.sparselora.plan import SparsityPlan
@@ -64,6 +65,7 @@ def forecast(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], plan: Sp
     Raises:
         InputError: a batch without labels, nothing to learn in any of them, or a plan for another model.
     """
+    plan.check(ModelFacts.of(model))
     return compare(Shape.of(model), workloads(batches), adapters_or_usual(model), plan)
 
 

@@ -1,0 +1,88 @@
+"""calibrate, presets and bench as a user types them, on a model of two layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from elision import reference_model
+from elision.cli import app
+from elision.sparselora import SparsityPlan
+from tests.sparselora import tiny
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(reference_model.PATH)
+    tiny.base("llama", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rows = [{"prompt": f"Anna has {n} apples and buys 3 more. How many?", "completion": f"{n + 3}"} for n in range(6)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in ("sparselora", *arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_calibrate_then_train_by_the_plan(model: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "plan.json", model / "data.json"
+    budget = ("--flops", 0.99, "--selection", "weights", "--dense-steps", 0.0, "--batch", 3)
+    code, said, _ = run("calibrate", model, "--data", data, "--out", out, *budget)
+    assert code == 0 and "expect at most 1." in said and f"plan: {out}" in said
+    found = SparsityPlan.load(out).calibration
+    assert found is not None and found.flops["full"] <= 0.99
+    assert out.with_name("plan.json.journal").exists()
+    streamed = tmp_path / "streamed.json"
+    run("calibrate", model, "--data", data, "--out", streamed, *budget, "--stream")
+    assert streamed.read_bytes() == out.read_bytes()
+    code, said, _ = run("train", model, "--data", data, "--out", tmp_path / "adapter", "--plan", out, "--epochs", 4)
+    assert code == 0 and "expect at most 1." in said
+    again = tmp_path / "again.json"
+    code, said, _ = run("calibrate", model, "--data", data, "--out", again, *budget, "--adapter", tmp_path / "adapter")
+    assert code == 0 and SparsityPlan.load(again).calibration != found
+
+
+def test_presets_and_bench(model: Path) -> None:
+    code, said, _ = run("presets", "--json")
+    assert code == 0 and json.loads(said)["llama3-8b/math10k"]["ffn"][3] == 0.99
+    code, said, _ = run("presets")
+    assert "ffn 99% in 3-30" in said
+    code, said, _ = run("bench", model, "--data", model / "data.json", "--sparsity", 0.5, "--turns", 1, "--json")
+    values = json.loads(said)
+    assert code == 0 and values["sparse + lossless, seconds a step"] > 0 and "dense + lossless, over LoRA" in values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("calibrate", "--flops", 0.5, "--time", 0.5), "flops and time are both given"),
+        (("calibrate", "--flops", 0.01), "flops=0.01 cannot be met"),
+        (("calibrate", "--time", 0.5, "--stream"), "--stream goes without"),
+        (("calibrate", "--adapter", "absent"), "absent holds no adapter_config.json"),
+        (("calibrate", "--selection", "magic"), "selection 'magic' is not known"),
+        (("bench",), "give either --plan or --sparsity"),
+        (("bench", "--plan", "llama3-8b/math10k"), "this model has layers 2"),
+        (("bench", "--plan", "absent.json"), "absent.json is not a file"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: tuple[object, ...], message: str, model: Path, tmp_path: Path
+) -> None:
+    command, *options = arguments
+    written = ["--out", tmp_path / "plan.json"] if command == "calibrate" else []
+    before = sorted(tmp_path.rglob("*"))
+    code, said, error = run(command, model, "--data", model / "data.json", *options, *written)
+    assert code == 2 and said == ""
+    (line,) = [line for line in error.splitlines() if line.strip()]
+    assert line.startswith("error: ") and message in line
+    assert sorted(tmp_path.rglob("*")) == before
