@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 from elision.errors import InputError
-from elision.sparselora import ModelFacts, SparsityPlan, flops, tokens
+from elision.sparselora import Factors, ModelFacts, SparsityPlan, flops, forecast, sparsify, tokens
 from tests.sparselora import tiny
 
 aten = torch.ops.aten
@@ -40,6 +41,21 @@ def counted(model: Any, **inputs: Any) -> int:
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         model(**inputs, use_cache=False).loss.backward()
     return counter.get_total_flops()
+
+
+class Counter(TorchDispatchMode):
+    """Counts like FlopCounterMode, which cannot follow the fast path: it refuses a gradient taken inside a backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.formulas = {**flop_registry, **{operator: shape_wrapper(f) for operator, f in FORMULAS.items()}}
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := self.formulas.get(func._overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def work(inputs: dict[str, torch.Tensor]) -> flops.Workload:
@@ -73,6 +89,46 @@ def test_attention_kernels_count_as_their_products_do() -> None:
     assert cost.attention > 0.02 * cost.total()
     assert cost.total(causal=True) == cost.total() - cost.attention / 2
     assert cost.total(head=False) == cost.total() - cost.head
+
+
+@pytest.mark.parametrize(
+    ("family", "selection"),
+    [("llama", s) for s in ("svd", "whitened", "sampled", "oracle", "weights", "random", "no-ffn")]
+    + [(family, "sampled") for family in ("mistral", "qwen3", "phi3", "granite")],
+)
+@pytest.mark.parametrize("targets", [tiny.ALL, tiny.ATTENTION], ids=["all", "attention"])
+def test_the_fast_step_agrees_with_a_dispatch_level_counter(
+    family: str, selection: Any, targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elision.sparselora.estimator.SAMPLE", 20)
+    monkeypatch.setattr("elision.sparselora.estimator.FFN_SAMPLE", 30)
+    model = tiny.lora(family, targets, torch.float32, num_hidden_layers=3, sliding_window=None)
+    inputs = tiny.batch((30, 20, 23), (12, 9, 10))
+    plan = tiny.plan(model, 0.75, selection=selection, rank=4)
+    factors = Factors.whitened(model, [inputs], 4) if selection == "whitened" else None
+    with sparsify(model, plan, factors, path="fast"), Counter() as counter:
+        model(**inputs, use_cache=False).loss.backward()
+    kinds = tokens.classify(inputs["labels"], inputs["attention_mask"])
+    shape, adapters = flops.Shape.of(model), flops.adapters_of(model)
+    cost = flops.step(shape, flops.Workload.fast(kinds), adapters, plan)
+    assert cost.total() == pytest.approx(counter.total, rel=0.01 if family == "phi3" else 1e-6)
+    padded = flops.step(shape, work(inputs), adapters, plan)
+    assert padded.total() != pytest.approx(counter.total, rel=0.05)  # what is elided is seen
+
+
+def test_the_speedup_depends_on_the_data() -> None:
+    model = tiny.lora("llama", tiny.ATTENTION, torch.float32, hidden_size=64, intermediate_size=512)
+    plan = tiny.plan(model, 0.9, selection="weights")
+    short, long = (forecast(model, [tiny.batch((p, p), (a, a))], plan) for p, a in ((40, 10), (10, 40)))
+    assert short.output_share == pytest.approx(0.2, abs=0.03) and long.output_share == pytest.approx(0.8, abs=0.03)
+    assert short.speedup > 1.5 * long.speedup > 1.5
+    assert "80% of the tokens are outputs and stay dense" in long.line() or "82%" in long.line()
+    assert short.speedup == pytest.approx(1 / short.flops["half"])
+    assert short.flops["full, without head"] < short.flops["full"]  # the head is never sparse
+    half = forecast(
+        model, [tiny.batch((40, 40), (10, 10))], tiny.plan(model, 0.9, selection="weights", dense_steps=0.5)
+    )
+    assert half.flops["full"] == pytest.approx(0.5 + 0.5 * short.flops["full"])
 
 
 LLAMA3_8B = flops.Shape(32, 4096, 14336, heads=32, kv_heads=8, head_dim=128, vocabulary=128256)
