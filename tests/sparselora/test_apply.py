@@ -178,8 +178,8 @@ def test_the_summary_is_one_line_that_says_what_and_why() -> None:
     model = tiny.lora()
     with sparsify(model, SparsityPlan.uniform(model, 0.75, layers=[1])) as handle:
         assert handle.summary() == (
-            "SparseLoRA, svd selection: ffn 75% in 1; qk 75% in 1; vo 75% in 1; dense: output tokens, the first 5% of "
-            "steps, adapters, eval and generate; on the reference path, as asked for"
+            "SparseLoRA, sampled selection: ffn 75% in 1; qk 75% in 1; vo 75% in 1; dense: output tokens, the "
+            "first 5% of steps, adapters, eval and generate; on the reference path, as asked for"
         )
         assert str(handle) == handle.summary()
         handle.step(1.0)

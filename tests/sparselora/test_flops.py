@@ -137,6 +137,7 @@ MATH10K = SparsityPlan(
     ffn=tuple(0.99 if 3 <= layer <= 30 else 0.0 for layer in range(32)),
     qk=tuple(0.75 if 14 <= layer <= 29 and layer not in (20, 24) else 0.0 for layer in range(32)),
     vo=tuple(0.75 if 14 <= layer <= 29 and layer not in (20, 24) else 0.0 for layer in range(32)),
+    selection="svd",
 )
 ROWS = flops.Workload(lengths=(512,) * 8, context=8 * 384, logits=8 * 512)  # 25% output tokens
 QKVO = flops.uniform_adapters(LLAMA3_8B, rank=32)
@@ -154,6 +155,8 @@ def test_the_paper_s_figures() -> None:
 def test_the_estimator_is_cheap() -> None:
     cost = flops.step(LLAMA3_8B, ROWS, QKVO, MATH10K)
     assert 0 < cost.estimator < 0.002 * cost.total()  # the paper says 0.05% of the dense step
+    sampled = flops.step(LLAMA3_8B, ROWS, QKVO, replace(MATH10K, selection="sampled"))
+    assert cost.estimator < sampled.estimator < 0.01 * flops.step(LLAMA3_8B, ROWS, QKVO).total()
     oracle = flops.step(LLAMA3_8B, ROWS, QKVO, replace(MATH10K, selection="oracle"))
     assert oracle.estimator > 50 * cost.estimator
     assert flops.step(LLAMA3_8B, ROWS, QKVO, replace(MATH10K, selection="random")).estimator == 0
@@ -176,6 +179,7 @@ def test_sparsity_saves_and_more_of_it_saves_more() -> None:
 def test_one_pruned_layer_by_hand() -> None:
     shape = flops.Shape(1, 8, 20, heads=4, kv_heads=2, head_dim=2, vocabulary=11)
     plan = SparsityPlan(ModelFacts("llama", 1, 4, 2, 2, 8, 20), ffn=(0.5,), qk=(0.25,), vo=(0.75,), rank=2)
+    plan = replace(plan, selection="svd")
     cost = flops.step(shape, flops.Workload((6, 4), context=7, logits=3), ((flops.Adapter(("q",), 3, 8, 8),),), plan)
     forward = 3 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 20)  # 3 dense tokens
     forward += 7 * (8 * 6 + 8 * 3 + 8 * 1 + 2 * 8 + 3 * 8 * 10)  # 7 context tokens: 6 q, 3 k, 1 v, 2 o, 10 FFN channels

@@ -120,7 +120,7 @@ class BlockChoices:
         projection = self.block.projections.get(name)
         if projection is None or self.plan.sparsity(self.block.index, name) == 0:
             return None
-        if self.plan.selection in ("oracle", "sampled"):
+        if self.plan.selection in ("oracle", "sampled", "no-ffn"):
             return estimator.Exact(lambda: projection.matrix, lambda: projection.bias)
         if not estimated(self.plan, self.block.index, name):
             return None
@@ -132,6 +132,6 @@ class BlockChoices:
 
 def tokens_read(plan: SparsityPlan, part: Part) -> int | None:
     """How many context tokens at most the plan's selection reads to score `part`; None: all."""
-    if plan.selection == "sampled":
+    if plan.selection in ("sampled", "no-ffn"):
         return estimator.SAMPLE
     return estimator.FFN_SAMPLE if part == "ffn" and plan.selection in ("svd", "whitened") else None

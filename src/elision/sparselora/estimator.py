@@ -11,6 +11,9 @@ and how many of the T tokens are read.
     whitened    B A that is closest to W on inputs like those of calibration data    likewise
     weights     none: the norms of the rows of W, whatever the tokens are            none
 
+"sampled" is the default: against the oracle it chooses twice as well as the paper's SVD at the same time (lab notes;
+benchmarks/estimators.py measures it).
+
 A truncated SVD keeps the directions in which W is large; the inputs of a model lie in few directions of their own.
 With C = X'X / T of calibration inputs and C = L L', the B A of rank k that minimises the error on such inputs,
 E ||W x - B A x||^2 = ||(W - B A) L||_F^2, is the truncated SVD of W L, times L^-1. It costs the same online.

@@ -162,8 +162,7 @@ class Factors:
 
 def estimated(plan: SparsityPlan, layer: int, name: str) -> bool:
     """Whether the plan scores projection `name` of `layer` through factors."""
-    wanted = {"svd": SCORED, "whitened": SCORED, "no-ffn": ("q", "k", "v")}.get(plan.selection, ())
-    return name in wanted and plan.sparsity(layer, name) > 0
+    return plan.selection in get_args(Kind) and name in SCORED and plan.sparsity(layer, name) > 0
 
 
 @torch.no_grad()

@@ -286,7 +286,9 @@ def _scoring(plan: SparsityPlan, layer: int, name: str, context: int, inputs: in
     """Operations that score projection `name`: the product itself, its factors, or nothing."""
     limit = tokens_read(plan, PART_OF[name])
     read = context if limit is None or not context else -(-context // -(-context // limit))  # estimator.sample
-    if plan.selection in ("oracle", "sampled"):
+    if plan.selection == "no-ffn" and PART_OF[name] == "ffn":
+        return 0.0
+    if plan.selection in ("oracle", "sampled", "no-ffn"):
         return 2.0 * read * inputs * outputs if name in SCORED else 0.0
     if not estimated(plan, layer, name):
         return 0.0

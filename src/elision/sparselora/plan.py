@@ -98,11 +98,11 @@ class SparsityPlan:
     Attributes:
         model: geometry of the model that the plan is for.
         ffn, qk, vo: one sparsity in [0, 1) per layer, the share of channels left out on context tokens; 0 is dense.
-        selection: how channels are scored (estimator.py). "svd" is the paper's way (1.2), "whitened" the same from
-            factors made on calibration data, "sampled" the exact criteria (1.1) on some of the context tokens,
-            "oracle" on all of them, "weights" the norms of the weights alone. Two controls for claims of quality:
-            "random" draws channels anew for every batch, "no-ffn" leaves out the whole base FFN of context tokens in
-            every layer whose ffn sparsity is above 0 (Q, K, V, O as with "svd").
+        selection: how channels are scored (estimator.py). "sampled", the default, is the exact criteria (1.1) on some
+            of the context tokens, "oracle" on all of them; "svd" is the paper's way (1.2), "whitened" the same from
+            factors made on calibration data, "weights" the norms of the weights alone. Two controls for claims of
+            quality: "random" draws channels anew for every batch, "no-ffn" leaves out the whole base FFN of context
+            tokens in every layer whose ffn sparsity is above 0 (Q, K, V, O as with "sampled").
         rank: of the SVD factors.
         dense_steps: share of the optimizer steps, from the first on, that run dense (1.3); in [0, 1].
         rotary_pairs: keep or drop both halves of a rotary pair of Q and K together.
@@ -118,7 +118,7 @@ class SparsityPlan:
     ffn: tuple[float, ...]
     qk: tuple[float, ...]
     vo: tuple[float, ...]
-    selection: Selection = "svd"
+    selection: Selection = "sampled"
     rank: int = 8
     dense_steps: float = 0.05
     rotary_pairs: bool = False
