@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,11 @@ def inputs_of(model: Any, batch: dict[str, Tensor]) -> dict[tuple[int, bool], Te
     rows = tokens.classify(batch["labels"], batch["attention_mask"]).kept
     found: dict[tuple[int, bool], Tensor] = {}
 
-    def keep(key: tuple[int, bool], args: tuple[Any, ...]) -> None:
+    def keep(key: tuple[int, bool], module: Any, args: tuple[Any, ...]) -> None:
         found[key] = args[0][rows.reshape(args[0].shape[:-1])]
 
     hooks = [
-        projection.module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args))
+        projection.module.register_forward_pre_hook(partial(keep, key))
         for block in blocks.decoder(model).blocks
         for key, projection in (((block.index, False), block.v), ((block.index, True), block.up))
     ]

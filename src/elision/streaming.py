@@ -94,7 +94,7 @@ class _Checkpoint:
 
     def __init__(self, source: str, dtype: torch.dtype) -> None:
         from safetensors import safe_open
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         self.source, self.dtype = source, dtype
         self.files: dict[str, Path] = {}

@@ -110,7 +110,7 @@ def calibrate(
     title = "Measuring what each layer can spare"
     measured = sweep.losses(model, data, base, choices, journal, factors=factors, quiet=quiet, title=title)
     dense, rest = measured[0], iter(measured[1:])
-    curves = {  # in the order of `singles`
+    curves: dict[tuple[int, Part], tuple[float, ...]] = {  # in the order of `singles`
         (layer, part): tuple(next(rest) - dense for _ in grid) for layer in range(facts.layers) for part in PARTS
     }
     items = list(curves)

@@ -77,13 +77,12 @@ def load_predictor(path: str | Path, model: nn.Module, mode: str) -> tuple[Spars
     config = files.read_json(path / "config.json", "predictor")
     sparsity = _layer_sparsity(config, mode, path)
     view, facts = blocks.decoder(model), ModelFacts.of(model)
-    by_part = {
-        part: tuple(sparsity.get((layer, place), 0.0) for layer in range(facts.layers))
-        for part, place in (("ffn", "mlp"), ("qk", "self_attn"), ("vo", "self_attn"))
-    }
+    ffn, attention = (
+        tuple(sparsity.get((layer, place), 0.0) for layer in range(facts.layers)) for place in ("mlp", "self_attn")
+    )
     if outside := sorted(layer for layer, _ in sparsity if layer >= facts.layers):
         raise InputError(f"predictor {path} has layer {outside[0]}, the model {facts.layers}: give the model it is for")
-    plan = SparsityPlan(facts, **by_part, selection="svd", rank=config["predictor_rank"])
+    plan = SparsityPlan(facts, ffn, attention, attention, selection="svd", rank=config["predictor_rank"])
     tensors = _tensors(path / "model.safetensors")
     pairs = {}
     for block in view.blocks:

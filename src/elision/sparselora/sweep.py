@@ -110,7 +110,7 @@ def losses(
         InputError: a loss that is not finite.
     """
     view = blocks.decoder(model)
-    rows = journal.rows.setdefault(_key(view, model, batches, plan, choices), [])
+    rows = journal.rows.setdefault(_key(view, model, batches, plan, choices, factors), [])
     layers = plan.model.layers
     work = sum(len(_prefixes(choices, layers, block + 1)) for block in range(layers)) + len(choices)
     with evaluating(model), progress(title, work * len(batches), quiet) as advance:
@@ -210,7 +210,12 @@ def _masked(
 
 
 def _key(
-    view: blocks.Decoder, model: nn.Module, batches: Sequence[Batch], plan: SparsityPlan, choices: Sequence[Choice]
+    view: blocks.Decoder,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    plan: SparsityPlan,
+    choices: Sequence[Choice],
+    factors: Factors | None,
 ) -> str:
     """Names a measurement by everything that it depends on."""
     switches = [plan.selection, plan.rank, plan.rotary_pairs, plan.dense_outputs, plan.seed]
@@ -219,6 +224,9 @@ def _key(
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
             hash_tensor(digest, name, parameter)
+    for name, pair in sorted([] if factors is None else factors.pairs.items()):
+        hash_tensor(digest, f"{name}.b", pair[0])
+        hash_tensor(digest, f"{name}.a", pair[1])
     return digest.hexdigest()[:16]
 
 
