@@ -38,7 +38,7 @@ from elision.sparselora import tokens
 from elision.sparselora.choices import BlockChoices, SparseBatch
 from elision.sparselora.factors import Factors
 from elision.sparselora.plan import PARTS, SparsityPlan
-from elision.sparselora.reference import MaskedLinear
+from elision.sparselora.reference import masked
 from elision.streaming import resident
 
 Batch = Mapping[str, Tensor]
@@ -200,11 +200,16 @@ def _masked(
         if plan.sparsity(block.index, name) > 0:
             maps.setdefault(projection.slot, {})[name] = projection.rows
     bases = {slot: getattr(*slot) for slot in maps}
+    hooks = []
     try:
         for (holder, attribute), projections in maps.items():
-            setattr(holder, attribute, MaskedLinear(bases[holder, attribute], choices, projections))
+            stand_in = masked(bases[holder, attribute], choices, projections)
+            setattr(holder, attribute, stand_in)
+            hooks.append(stand_in.wrapper.register_forward_hook(stand_in.without_bias))
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for (holder, attribute), base in bases.items():
             setattr(holder, attribute, base)
 
