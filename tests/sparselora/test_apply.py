@@ -408,6 +408,16 @@ def test_a_base_that_is_no_plain_linear_map_is_refused() -> None:
     sparsify(model, tiny.plan(model, selection="random", parts=("qk", "vo"))).remove()  # not touched there
 
 
+def test_weights_that_deepspeed_partitions_are_refused() -> None:
+    message = "partitioned by DeepSpeed ZeRO-3, which SparseLoRA does not cover: use ZeRO-2 or FSDP2"
+    model = tiny.lora()
+    with sparsify(model, tiny.plan(model)):
+        blocks.decoder(model).blocks[0].q.weight.ds_id = 0  # type: ignore[attr-defined]  # as zero.Init marks them
+        with pytest.raises(InputError, match=message):
+            model(**tiny.batch())
+    refused(model, tiny.plan(model), message)
+
+
 def test_an_unknown_family_is_refused() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -548,3 +548,24 @@ def test_a_row_order_that_is_wrong_would_show(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("elision.sparselora.apply.arrange", one_too_many)
     assert not tiny.close(run(model, inputs, "fast", tiny.plan(model)), expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_precision_trains_on_either_path(dtype: torch.dtype) -> None:
+    """With adapters in single precision, PEFT's default, and in the base's own; against double precision."""
+    exact = run(tiny.lora(), turns(), "reference", tiny.plan(tiny.lora(), 0.6))
+    for widened in (True, False):
+        for path in ("reference", "fast"):
+            model = tiny.lora(dtype=dtype)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name and widened:
+                    parameter.data = parameter.data.float()
+            with sparsify(model, tiny.plan(model, 0.6), path=path) as handle:
+                loss = model(**turns()).loss
+                loss.backward()
+                assert handle.forwards == {"sparse": 1}
+            assert loss.dtype == torch.float32 or path == "reference"
+            assert abs(float(loss.detach()) - float(exact[0])) < 0.05 * float(exact[0])
+            gradients = tiny.gradients(model)
+            assert {g.dtype for g in gradients.values()} == {torch.float32 if widened else dtype}
+            assert all(bool(g.isfinite().all()) for g in gradients.values())

@@ -255,7 +255,7 @@ def test_the_control_with_random_channels() -> None:
 
 
 def test_low_precision_errs_no_more_than_plain_pytorch() -> None:
-    double, low, inputs = tiny.lora(), tiny.lora(dtype=torch.bfloat16), tiny.batch()
+    double, low, inputs = tiny.lora(), tiny.lora(dtype=torch.bfloat16), tiny.batch((11, 9, 14), (6, 7, 3))
 
     def logits(model: Any) -> Tensor:
         return model(**inputs).logits.double()

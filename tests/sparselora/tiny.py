@@ -72,7 +72,7 @@ def lora(family: str = "llama", targets: str = ALL, dtype: torch.dtype = torch.f
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.2)
+                parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.2)  # equal in every dtype
     return model.train()
 
 

@@ -45,7 +45,7 @@ from elision import blocks
 from elision.errors import InputError
 from elision.sparselora import tokens
 from elision.sparselora.choices import BlockChoices, Kept, SparseBatch
-from elision.sparselora.coverage import active_names, check_adapters, check_model, idle
+from elision.sparselora.coverage import active_names, check_adapters, check_model, check_whole, idle
 from elision.sparselora.factors import Factors, estimated
 from elision.sparselora.fast import Fast, Step
 from elision.sparselora.plan import ModelFacts, SparsityPlan
@@ -338,6 +338,7 @@ class SparseHandle:
         """
         if not model.training:
             return None, None, "eval mode"
+        check_whole(self._view)  # Trainer partitions after `sparsify`, before its first step
         if labels is None:
             if torch.is_grad_enabled() and self._done is not None:
                 self._warn_unlabelled()

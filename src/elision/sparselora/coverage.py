@@ -36,8 +36,18 @@ def active_names(model: nn.Module) -> set[str]:
     return {name for module in model.modules() if isinstance(module, LoraLayer) for name in active(module)}
 
 
+def check_whole(view: blocks.Decoder) -> None:
+    """Raise InputError where DeepSpeed has taken the weights apart: it puts them together for modules called whole."""
+    if hasattr(view.blocks[0].q.base.weight, "ds_id"):
+        raise InputError(
+            "weights of the model are partitioned by DeepSpeed ZeRO-3, which SparseLoRA does not cover: use ZeRO-2 or "
+            "FSDP2"
+        )
+
+
 def check_model(view: blocks.Decoder, plan: SparsityPlan) -> None:
     """Raise InputError where the model is not one that the method can make sparse as it stands."""
+    check_whole(view)
     modules = list(view.model.modules())
     if any(isinstance(module, MaskedLinear) for module in modules):
         raise InputError("model is sparse already: remove() its first handle before sparsify")

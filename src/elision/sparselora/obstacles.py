@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from elision.blocks import Block, Decoder, Projection, quantised
@@ -42,6 +43,8 @@ def model_obstacle(view: Decoder, own: Set[int]) -> str | None:
         return "a loss function of its own"
     if any(getattr(config, name, 0.0) for name in _DROPOUTS):
         return "dropout in the model"
+    if isinstance(view.blocks[0].q.base.weight, DTensor):
+        return "weights that FSDP2 shards"
     dtype, device = row_dtype(view), view.blocks[0].q.base.weight.device
     if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != dtype:
         return f"autocast from {_name(dtype)} to {_name(torch.get_autocast_dtype(device.type))}"

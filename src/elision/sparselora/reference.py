@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from elision.shapes import Bool, Float
 from elision.sparselora import select
 from elision.sparselora.adapters import dora
-from elision.sparselora.choices import BlockChoices
+from elision.sparselora.choices import BlockChoices, SparseBatch
+from elision.sparselora.standin import eagerly
 
 INPUT_SIDE = ("o", "down")  # pruned by columns; the others are pruned by rows
 ABSENT = ("gate", "up")  # an unselected output of these loses its bias too
@@ -84,6 +85,9 @@ class MaskedLinear(nn.Linear):
         batch = self.choices.batch
         if batch is None:
             return super().forward(input)
+        return eagerly(self._masked, input, batch)  # what a batch chose belongs into no graph
+
+    def _masked(self, input: Tensor, batch: SparseBatch) -> Tensor:
         sparse, keep = batch.rows_for(input), self._keep(input)
         if any(name in INPUT_SIDE for name in self.projections):
             return super().forward(prune_inputs(input, sparse, keep))
