@@ -397,6 +397,9 @@ def obstacles() -> dict[str, Any]:
     def hook(model: Any) -> None:
         blocks.decoder(model).blocks[1].mlp.register_forward_hook(lambda *_: None)
 
+    def stack_hook(model: Any) -> None:
+        model.get_base_model().model.register_forward_hook(lambda *_: None)
+
     def norm(model: Any) -> None:
         next(p for n, p in model.named_parameters() if "layers.1.input_layernorm" in n).requires_grad_(True)
 
@@ -414,6 +417,7 @@ def obstacles() -> dict[str, Any]:
         "dropout with adapters default, other at once at q in layer 0": dropout,
         "a bias in an adapter at k in layer 0": bias,
         "a hook on mlp in layer 1": hook,
+        "a hook on LlamaModel": stack_hook,
         "trained parameters of input_layernorm in layer 1": norm,
         "a loss function of its own": own_loss,
         "dropout in the model": attention_dropout,

@@ -117,6 +117,14 @@ def test_label_smoothing(tmp_path: Path) -> None:
     assert found != pytest.approx(plain, rel=1e-2)
 
 
+def test_noise_on_the_embeddings_takes_the_reference(tmp_path: Path) -> None:
+    """NEFTune scales its noise by the length that it sees: without padding it would be another one."""
+    found, handle = trained(tmp_path, "auto", neftune_noise_alpha=5.0)
+    expected, _ = trained(tmp_path, "reference", neftune_noise_alpha=5.0)
+    assert found == expected
+    assert handle.paths == {"reference (NEFTune noise, whose size goes by the padded length)": 4}
+
+
 def test_a_loss_without_labels_in_the_call_is_dense_and_says_so(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="dense where a training call has no labels: give the Trainer data_collator="):
         _, handle = trained(tmp_path, "auto", label_smoothing_factor=0.2)
@@ -152,14 +160,15 @@ def test_gradient_checkpointing_in_the_trainer(tmp_path: Path) -> None:
         assert losses(run) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("path", ["reference", "fast"])
 @pytest.mark.parametrize("restore", [False, True], ids=["", "callbacks restored"])
-def test_resuming_in_the_middle_of_the_schedule(tmp_path: Path, restore: bool) -> None:
+def test_resuming_in_the_middle_of_the_schedule(tmp_path: Path, restore: bool, path: Any) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": restore}
 
     def run(folder: Path, resume: str | None = None, **more: Any) -> tuple[Trainer, Any]:
         model = tiny.lora(dtype=torch.float32)
         plan = tiny.plan(model, dense_steps=0.3, selection="random" if restore else "oracle")
-        with sparsify(model, plan) as handle:
+        with sparsify(model, plan, path=path) as handle:
             found = trainer(model, handle, folder, **{**settings, **more})
             found.train(resume_from_checkpoint=resume)
         return found, handle
@@ -173,6 +182,7 @@ def test_resuming_in_the_middle_of_the_schedule(tmp_path: Path, restore: bool) -
         )
         # the control draws by number of the forward, which travels with the schedule's state
         assert losses(resumed)[start:] == losses(whole)[start:]
+        assert tiny.bits(resumed.model) == tiny.bits(whole.model)  # type: ignore[arg-type]
 
 
 PLAIN = """

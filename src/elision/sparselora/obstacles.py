@@ -43,6 +43,11 @@ def model_obstacle(view: Decoder, own: Set[int]) -> str | None:
         return "a loss function of its own"
     if any(getattr(config, name, 0.0) for name in _DROPOUTS):
         return "dropout in the model"
+    if any(getattr(hook, "__name__", "").startswith("neftune") for hook in view.embeddings._forward_hooks.values()):
+        return "NEFTune noise, whose size goes by the padded length"
+    stack: Any = view.model.get_decoder()
+    if hooked(stack, own):
+        return f"a hook on {type(stack).__name__}"
     if isinstance(view.blocks[0].q.base.weight, DTensor):
         return "weights that FSDP2 shards"
     dtype, device = row_dtype(view), view.blocks[0].q.base.weight.device
