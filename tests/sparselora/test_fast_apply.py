@@ -426,7 +426,7 @@ def obstacles() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("reason", obstacles())
-def test_what_is_not_covered_takes_the_reference_by_name(reason: str) -> None:
+def test_what_is_not_covered_takes_the_reference_by_name(reason: str, caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = tiny.lora(), turns()
     plan = tiny.plan(model)
     with sparsify(model, plan) as handle:
@@ -435,6 +435,8 @@ def test_what_is_not_covered_takes_the_reference_by_name(reason: str) -> None:
         assert f"; on the reference path ({reason})" in str(handle)
         output = model(**inputs)
         assert handle.paths == {"fast": 1, f"reference ({reason})": 1}
+        told = [record.getMessage() for record in caplog.records if record.name.startswith("elision")]
+        assert told == [f"SparseLoRA trains on the path: reference ({reason}) (exact, but slower than dense training)"]
         assert output.logits is not None
         output.loss.backward()
         assert f"1 reference ({reason})" in handle.summary()

@@ -318,7 +318,8 @@ class SparseHandle:
     def _count(self, path: str) -> None:
         self.paths[path] += 1
         if self.paths[path] == 1 and path != "fast":
-            logger.warning("SparseLoRA: training forwards take the path: %s", path)
+            slow = " (exact, but slower than dense training)" if path.startswith("reference") else ""
+            logger.warning("SparseLoRA trains on the path: %s%s", path, slow)
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self._batch = self._step = None
