@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from elision import reference_model
 from elision.cli import app
 from elision.sparselora import SparsityPlan
-from elision.spd import SyncPlan
+from elision.spd import SyncPlan, read_plan
 
 TRAIN = ["sparselora", "train", "reference", "--sparsity", "0.5"]
 CALIBRATE = ["spd", "calibrate", "reference", "--rows", "2", "--tokens", "32"]
@@ -46,6 +46,38 @@ def test_calibrate_then_eval_under_the_plan(tmp_path: Path, text: Path) -> None:
     assert found is not None
     assert scores[0] != scores[1]
     assert scores == pytest.approx([found.perplexities[0], found.perplexities[6]], rel=1e-4)
+
+
+def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "healed"
+    fast = ["--method", "fisher", "--stream", "--tiers", "0,1", "--drop", 0.25]
+    code, said, _ = run(*CALIBRATE, "--text", text, "--ranks", 2, "--ranks", 4, *fast, "--out", plan)
+    assert code == 0 and said.count("3 of 12 blocks") == 2 and "held-out tokens where" in said
+    assert {SyncPlan.load(tmp_path / f"plan-{n}.json").ranks for n in (2, 4)} == {2, 4}
+    rest = ["--text", text, "--held-out", text, "--rows", 16, "--tokens", 16, "--epochs", 1, "--lr", 1e-5]
+    planned = tmp_path / "plan-4.json"
+    code, said, _ = run("spd", "heal", "reference", "--plan", planned, *rest, "--out", out, "--json")
+    assert code == 0
+    told = json.loads(said)
+    healed = SyncPlan.load(planned).healing
+    assert told["healed"] == list(read_plan(out).healed) == sorted(healed) and len(healed) > 0
+    card = (out / "README.md").read_text()
+    assert "Perplexity on held-out data, as this checkpoint runs" in card and f"--plan {planned}" in card
+    assert not list(tmp_path.glob(".healed*"))
+    code, _, error = run("spd", "heal", "reference", "--plan", planned, *rest, "--out", tmp_path)
+    assert code == 2 and "exists and is not a checkpoint with a plan" in error
+
+
+def test_calibrate_for_a_link(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "plan.json"
+    probe = tmp_path / "probe.json"
+    arguments = [*CALIBRATE, "--text", text, "--ranks", 2, "--step-ms", 10, "--out", out]
+    probe.write_text('{"ranks": 2, "alpha": 1e-7, "beta": 0}')
+    code, said, _ = run(*arguments, "--probe", probe)
+    assert code == 0 and said.startswith("do not bother: ") and not out.exists()
+    code, said, _ = run(*arguments, "--alpha", 1e-4, "--beta", 1e-9, "--max-loss", 0.02, "--method", "fisher")
+    assert code == 0 and "of 12 blocks drop their first sync on 2 ranks" in said
+    assert SyncPlan.load(out).verified is not None
 
 
 def test_train_then_eval_with_the_adapter(tmp_path: Path, text: Path) -> None:
@@ -84,6 +116,21 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
         return [*calibrate, "--ranks", 2, "--text", text, "--drop", 1.5], "drop=1.5 is not a share"
     if kind == "two limits":
         return [*calibrate, "--ranks", 2, "--text", text, "--drop", 1, "--max-loss", 0.1], "give one limit"
+    if kind == "tiers":
+        return [*calibrate, "--ranks", 2, "--text", text, "--tiers", "much"], "tiers 'much' are not two numbers"
+    if kind == "no probe":
+        (folder / "probe.json").write_text("[]")
+        link = ["--probe", folder / "probe.json", "--step-ms", 5]
+        return [*calibrate, "--ranks", 2, "--text", text, *link], "has no ranks, alpha and beta"
+    if kind == "half a link":
+        return [*calibrate, "--ranks", 2, "--text", text, "--alpha", 1e-5, "--step-ms", 5], "give both, or --probe"
+    if kind == "a plan to heal for another model":
+        SyncPlan(2, (40,)).save(plan)
+        return ["spd", "heal", "reference", "--plan", plan, "--text", text, "--out", folder / "new"], "40"
+    if kind == "a plan without drops":
+        SyncPlan(2).save(plan)
+        heal = ["spd", "heal", "reference", "--plan", plan, "--text", text, "--out", folder / "new", "--tokens", 32]
+        return heal, "plan drops no sync"
     if kind == "truncated weights":
         shutil.copytree(reference_model.PATH, folder / "model")
         with open(folder / "model" / "model.safetensors", "r+b") as file:
@@ -123,7 +170,8 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
 
 
 KINDS = (
-    "missing text, empty text, too little text, ranks, limit, two limits, truncated weights, plan of another model, "
+    "missing text, empty text, too little text, ranks, limit, two limits, tiers, no probe, half a link, "
+    "a plan to heal for another model, a plan without drops, truncated weights, plan of another model, "
     "broken plan, no adapter, sparsity, no plan, missing plan, sparsity plan of another model, no answers, "
     "every label -100, unknown family"
 ).split(", ")

@@ -9,7 +9,7 @@ from typing import Any
 from elision.errors import InputError
 from elision.families import load_config, model_path, refusal
 
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
@@ -21,8 +21,8 @@ def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype {dtype!r} is not known: use {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not known: use {', '.join(DTYPES)}")
     config = load_config(source)
     if reason := refusal(config, "sparselora"):  # the wider of the two methods: what it cannot view, neither can
         raise InputError(reason)

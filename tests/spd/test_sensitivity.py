@@ -144,7 +144,7 @@ class TestStateFile:
         first = sensitivity(model, DATA, 3, state=state, quiet=True)
         before = state.read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr(streams, "_losses", None)
+            patch.setattr(streams, "_sums", None)
             assert sensitivity(model, DATA, 3, state=state, quiet=True) == first
         assert state.read_bytes() == before
         assert sensitivity(model, DATA, 6, state=state, quiet=True) != first

@@ -7,13 +7,17 @@ carries its plan; `load` brings it back, simulated, and `read` brings model and 
 
 from elision.spd.adapter import load_adapter, save_adapter
 from elision.spd.artifact import Treated, load, read, read_plan, save
+from elision.spd.calibration import calibrate, calibrations
 from elision.spd.distill import Recipe, heal
 from elision.spd.fit import correct, uncorrect
+from elision.spd.healing import carry_out
 from elision.spd.plan import Calibration, ModelFacts, SyncPlan, Verified
+from elision.spd.planner import Workload
 from elision.spd.proxies import order, scores
 from elision.spd.regroup import regroup, ungroup
-from elision.spd.sensitivity import Sensitivity, calibrate, curve, sensitivity
+from elision.spd.sensitivity import Sensitivity, curve, sensitivities, sensitivity
 from elision.spd.simulate import Simulation, simulate
+from elision.spd.streamed import open_streamed
 
 __all__ = [
     "Calibration",
@@ -24,12 +28,16 @@ __all__ = [
     "SyncPlan",
     "Treated",
     "Verified",
+    "Workload",
     "calibrate",
+    "calibrations",
+    "carry_out",
     "correct",
     "curve",
     "heal",
     "load",
     "load_adapter",
+    "open_streamed",
     "order",
     "read",
     "read_plan",
@@ -37,6 +45,7 @@ __all__ = [
     "save",
     "save_adapter",
     "scores",
+    "sensitivities",
     "sensitivity",
     "simulate",
     "uncorrect",

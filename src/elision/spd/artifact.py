@@ -83,7 +83,7 @@ def save(
     for index, kind in plan.corrections.items():
         correction_of(view.blocks[index], plan.ranks, kind)
     path = Path(path)
-    _check_replaceable(path)
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
@@ -98,8 +98,9 @@ def save(
     return path
 
 
-def _check_replaceable(path: Path) -> None:
+def check_replaceable(path: str | Path) -> None:
     """Raise InputError unless nothing is lost by writing a checkpoint at `path`."""
+    path = Path(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     config = path / "config.json"

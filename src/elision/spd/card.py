@@ -24,12 +24,26 @@ def card(plan: SyncPlan, architecture: str, command: str | None, results: Mappin
     }
     if plan.int8:
         rows["Blocks whose sync after attention is in int8"] = _list(plan.int8)
-    if plan.calibration is not None:
-        perplexities = plan.calibration.perplexities
-        rows["Calibration data (fingerprint)"] = f"`{plan.calibration.data}`"
-        rows["Perplexity on it, every sync in place"] = f"{perplexities[0]:.4g}"
-        rows["Perplexity on it, dropped as they are"] = f"{perplexities[len(plan.dropped)]:.4g}"
-        rows["Made with"] = ", ".join(f"{name} {version}" for name, version in plan.calibration.versions.items())
+    if plan.skipped:
+        rows["Blocks without attention"] = _list(plan.skipped)
+    if plan.heads:
+        rows["Blocks with regrouped heads"] = _list(tuple(plan.heads))
+    if (found := plan.calibration) is not None:
+        count = len(plan.dropped)
+        rows["Calibration data (fingerprint)"] = f"`{found.data}`"
+        rows["Perplexity on it, every sync in place"] = f"{found.perplexities[0]:.4g}"
+        if set(found.order[:count]) == set(plan.dropped):
+            rows["Perplexity on it, dropped as they are"] = f"{found.perplexities[count]:.4g}"
+        rows["Made with"] = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    if (checked := plan.verified) is not None:
+        rows["Held-out data (fingerprint, tokens scored)"] = f"`{checked.data}`, {checked.tokens:,}"
+        rows["Perplexity on held-out data, every sync in place"] = f"{checked.dense:.4g}"
+        rows["Perplexity on held-out data, dropped as they are"] = f"{checked.zero_shot:.4g}"
+        rows["Perplexity on held-out data, as this checkpoint runs"] = f"{checked.planned:.4g} ({checked.loss:+.2%})"
+        rows["KL divergence from the dense model, nats a token"] = f"{checked.kl:.3g}"
+        rows["Increase of perplexity that was predicted"] = f"{checked.predicted:+.2%}"
+        if checked.recovery is not None and not plan.original_weights:
+            rows["Recovered of what dropping lost"] = f"{checked.recovery:.0%}"
     rows |= results
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     made = "" if command is None else f"\nMade by:\n\n    {command}\n"

@@ -166,6 +166,14 @@ class SyncPlan:
                 measured = len(self.calibration.order)
                 raise InputError(f"calibration is of {measured} blocks, layers is {self.model.layers}: calibrate again")
 
+    @classmethod
+    def of(cls, ranks: int, treatments: Mapping[int, str], healing: Mapping[int, str] | None = None) -> Self:
+        """The plan that treats blocks as `treatments` says, each "dropped", "int8" or "skipped"."""
+        dropped, int8, skipped = (
+            tuple(block for block, how in treatments.items() if how == kind) for kind in EXCLUSIVE
+        )
+        return cls(ranks, dropped, int8=int8, skipped=skipped, healing=healing or {})
+
     @property
     def original_weights(self) -> bool:
         """Whether the plan's checkpoint is the original model's, so that it may be loaded without the plan."""

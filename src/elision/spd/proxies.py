@@ -2,19 +2,24 @@
 
     sequential      PPL(SPD on i..L-1) - PPL(SPD on i+1..L-1)        L/2 + 1.5 forward passes
     single          PPL(SPD on i) - PPL(dense)                       L/2 + 2 forward passes
-    fisher          half the sum over tokens of (g_i . d_i)^2        two forward and one backward pass, for all blocks
+    fisher          half the sum over tokens of (g_i . d_i)^2        three forward and one backward pass, for all blocks
     output_error    sum of |d_i|^2 over sum of |y_i - x_i|^2         two forward passes, for all blocks
     integrated      dPPL/dt_i, its group's syncs half dropped        one forward and backward pass a group of blocks
 
 d_i = SPD_i(x_i) - y_i is what dropping block i's sync changes in its output y_i, g_i the gradient of the summed loss
 there. The loss is at a minimum as far as training went, so the first-order term g . d says little, and its square, a
-token at a time, stands in for the curvature d' H d. It is one number a block from one backward pass.
+token at a time, stands in for the curvature d' H d. It is one number a block from one backward pass, and another
+number of ranks or another treatment (int8, attention skipped) is one more forward pass.
+
+The backward pass goes block by block: it keeps each block's input and computes the block once more, a third forward
+pass, so that it needs one block's graph and, where the model is streamed, one block's weights at a time.
 
 Interaction between blocks is what that leaves out. Let t_i say how much of block i's sync is dropped, from 0, the plain
 block, to 1, SPD's: u_i = X + P_i + (1 - t_i) (sum_j P_j - P_i). The exact sensitivity is the integral of dPPL/dt_i over
 t_i from 0 to 1, later blocks at 1, earlier ones at 0. "integrated" moves a whole group of neighbouring blocks at a time
 and takes the integral by its midpoint: t = 1/2 in the group, 1 after it, 0 before it. One backward pass then has the
-derivatives of all its blocks; as many groups as blocks would come back to the exact path.
+derivatives of all its blocks; as many groups as blocks would come back to the exact path. It keeps the whole graph, so
+a streamed model is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,8 +37,10 @@ from elision.blocks import Block, Decoder
 from elision.errors import InputError
 from elision.progress import progress
 from elision.spd.block import add_residual, attention_share, mlp_share, spd_output
-from elision.spd.sensitivity import sensitivity
-from elision.spd.simulate import Simulation, check_plain, covered, head_outputs, local_block
+from elision.spd.plan import EXCLUSIVE, SyncPlan
+from elision.spd.sensitivity import ascending, covered_by_all, sequential
+from elision.spd.simulate import Simulation, check_plain, head_outputs, local_block
+from elision.spd.streamed import resident
 from elision.spd.streams import (
     IGNORED,
     INPUTS,
@@ -41,9 +49,9 @@ from elision.spd.streams import (
     evaluating,
     layer_calls,
     losses,
+    measure,
     next_tokens,
-    perplexities,
-    step,
+    treat,
 )
 
 Method = Literal["sequential", "single", "fisher", "output_error", "integrated"]
@@ -54,75 +62,121 @@ def order(
     model: nn.Module, batches: Iterable[Batch], ranks: int, method: Method = "integrated", *, quiet: bool = False
 ) -> tuple[int, ...]:
     """Blocks in the order in which to drop their syncs, the one that matters least first; as `scores` otherwise."""
-    found = scores(model, batches, ranks, method, quiet=quiet)
-    return tuple(sorted(range(len(found)), key=found.__getitem__))
+    return ascending(scores(model, batches, ranks, method, quiet=quiet))
 
 
 def scores(
-    model: nn.Module, batches: Iterable[Batch], ranks: int, method: Method = "integrated", *, quiet: bool = False
+    model: nn.Module,
+    batches: Iterable[Batch],
+    ranks: int,
+    method: Method = "integrated",
+    *,
+    treatment: str = "dropped",
+    quiet: bool = False,
 ) -> tuple[float, ...]:
-    """How much each block's sync matters by `method`.
+    """How much each block's sync matters by `method`, or what another `treatment` of it costs: "int8", "skipped".
 
-    In perplexity, but for "output_error", which is a share. Arguments are those of `sensitivity`, which also keeps
-    what "sequential" measures in a file.
+    In perplexity, but for "output_error", which is a share. Other arguments are those of `sensitivity`, which also
+    keeps what "sequential" measures in a file.
 
     Raises:
-        InputError: an unknown method, or what `sensitivity` refuses.
+        InputError: an unknown method or treatment, "sequential" or "integrated" for another treatment than "dropped",
+            or what `sensitivity` refuses.
     """
+    view = covered_by_all(model, (ranks,))
+    data = check_batches(batches, view.config.vocab_size)
+    return all_scores(view, data, [(treatment, ranks)], method, None, quiet)[0]
+
+
+def all_scores(
+    view: Decoder,
+    data: Sequence[Batch],
+    ways: Sequence[tuple[str, int]],
+    method: str,
+    state: str | Path | None,
+    quiet: bool,
+) -> tuple[tuple[float, ...], ...]:
+    """`scores` for each (treatment, ranks) of `ways`, what they share computed once; data is checked already."""
     if method not in get_args(Method):
         raise InputError(f"method {method!r} is not known: use one of {', '.join(get_args(Method))}")
+    for how, _ in ways:
+        if how not in EXCLUSIVE:
+            raise InputError(f"treatment {how!r} is not known: use one of {', '.join(EXCLUSIVE)}")
+        if method in ("sequential", "integrated") and how != "dropped":
+            raise InputError(f"method {method!r} measures dropped syncs, not {how}: use single or fisher")
     if method == "sequential":
-        return sensitivity(model, batches, ranks, quiet=quiet).blocks
-    view = covered(model, ranks)
-    data = check_batches(batches, view.config.vocab_size)
+        return tuple(found.blocks for found in sequential(view, data, [ranks for _, ranks in ways], state, quiet))
     if method == "single":
-        choices = [(), *((block.index,) for block in view.blocks)]
-        dense, *single = perplexities(view, data, ranks, choices, quiet=quiet, title=f"Single drops, {ranks} ranks")
-        return tuple(perplexity - dense for perplexity in single)
+        plans = [SyncPlan.of(n, {block.index: how}) for how, n in ways for block in view.blocks]
+        title = f"Single blocks, {_said(ways)}"
+        dense, *single = measure(view, data, [SyncPlan(1), *plans], state=state, quiet=quiet, title=title)
+        increases = [quality.perplexity - dense.perplexity for quality in single]
+        size = len(view.blocks)
+        return tuple(tuple(increases[i * size : (i + 1) * size]) for i in range(len(ways)))
     for block in view.blocks:
-        check_plain(block)
+        check_plain(block, streamed=method != "integrated")
     if method == "integrated":
-        return _integrated(view, data, ranks, quiet)
+        return tuple(_integrated(view, data, ranks, quiet) for _, ranks in ways)
     fisher = method == "fisher"
-    sums = torch.zeros(len(view.blocks), 2, dtype=torch.float64)
+    sums = torch.zeros(len(ways), len(view.blocks), 2, dtype=torch.float64)
     total, tokens = 0.0, 0
-    with evaluating(view.model), progress("Sync sensitivity, fast", len(data), quiet) as advance:
+    title = f"Sync sensitivity, {method.replace('_', ' ')}, {_said(ways)}"
+    with evaluating(view.model), progress(title, len(data), quiet) as advance:
         for batch in data:
-            loss, parts = _batch(view, batch, ranks, fisher)
+            loss, parts = _batch(view, batch, ways, fisher)
             sums += parts
             total += loss
             tokens += int((next_tokens(batch) != IGNORED).sum())
             advance(1)
     if not fisher:
-        return tuple((sums[:, 0] / sums[:, 1]).tolist())
-    return tuple((math.exp(total / tokens) * sums[:, 0] / tokens).tolist())
+        return tuple(tuple(row.tolist()) for row in sums[..., 0] / sums[..., 1])
+    return tuple(tuple(row.tolist()) for row in math.exp(total / tokens) * sums[..., 0] / tokens)
 
 
-def _batch(view: Decoder, batch: Batch, ranks: int, fisher: bool) -> tuple[float, Tensor]:
-    """(summed loss, (layers, 2)) of one batch; the numerator of each block's score, and output_error's denominator."""
+def _said(ways: Sequence[tuple[str, int]]) -> str:
+    """What is measured, in words: "dropped and int8, 2, 4 ranks"."""
+    treatments, ranks = dict.fromkeys(how for how, _ in ways), dict.fromkeys(str(n) for _, n in ways)
+    return f"{' and '.join(treatments)}, {', '.join(ranks)} ranks"
+
+
+def _batch(view: Decoder, batch: Batch, ways: Sequence[tuple[str, int]], fisher: bool) -> tuple[float, Tensor]:
+    """(summed loss, (ways, layers, 2)) of one batch: each score's numerator, and output_error's denominator."""
     inputs = {name: batch[name].to(view.model.device) for name in INPUTS if name in batch}
     with torch.no_grad():
         calls = layer_calls(view, inputs)
+        streams = [calls[0][0]]
+        for block, (_, kwargs) in zip(view.blocks, calls, strict=True):
+            with resident(block):
+                streams.append(block.layer(streams[-1], **kwargs))
     real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-    with torch.set_grad_enabled(fisher):
-        streams = [calls[0][0].detach().requires_grad_(fisher)]
-        for block, (_, kwargs) in zip(view.blocks, calls, strict=True):
-            streams.append(step(block, None, streams[-1], kwargs))
-        loss = torch.zeros((), dtype=torch.float64, device=real.device)
-        if fisher:
-            loss = sum(losses(view, streams[-1], next_tokens(batch).to(real.device)), loss)
-    gradients: Sequence[Tensor] = torch.autograd.grad(loss, streams[1:]) if fisher else ()
-    found = torch.zeros(len(view.blocks), 2, dtype=torch.float64)
-    with torch.no_grad():
-        for block, (_, kwargs) in zip(view.blocks, calls, strict=True):
-            x, y = streams[block.index], streams[block.index + 1]
-            change = (step(block, ranks, x, kwargs) - y)[real].double()
-            if fisher:
-                found[block.index, 0] = (gradients[block.index][real].double() * change).sum(-1).square().sum() / 2
-            else:
-                found[block.index, 0] = change.square().sum()
-                found[block.index, 1] = (y - x)[real].double().square().sum()
-    return loss.item(), found
+    loss, gradient = 0.0, torch.zeros(())
+    if fisher:
+        with torch.enable_grad():
+            last = streams[-1].requires_grad_()
+            summed = sum(
+                losses(view, last, next_tokens(batch).to(real.device)), last.new_zeros((), dtype=torch.float64)
+            )
+        (gradient,) = torch.autograd.grad(summed, last)
+        loss = summed.item()
+    found = torch.zeros(len(ways), len(view.blocks), 2, dtype=torch.float64)
+    for block, (_, kwargs) in reversed(list(zip(view.blocks, calls, strict=True))):
+        index = block.index
+        with resident(block):
+            x, y = streams[index].detach(), streams[index + 1].detach()
+            with torch.no_grad():
+                for i, (how, ranks) in enumerate(ways):
+                    change = (treat(block, (how, ranks, None), x, kwargs) - y)[real].double()
+                    if fisher:
+                        found[i, index, 0] = (gradient[real].double() * change).sum(-1).square().sum() / 2
+                    else:
+                        found[i, index, 0] = change.square().sum()
+                        found[i, index, 1] = (y - x)[real].double().square().sum()
+            if fisher and index:
+                with torch.enable_grad():
+                    again = block.layer(x.requires_grad_(), **kwargs)
+                (gradient,) = torch.autograd.grad(again, x, gradient)
+                del again  # and with its graph the block's weights
+    return loss, found
 
 
 def _integrated(view: Decoder, data: Sequence[Batch], ranks: int, quiet: bool) -> tuple[float, ...]:

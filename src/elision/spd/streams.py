@@ -1,17 +1,23 @@
-"""Perplexity under many choices of dropped syncs at once, each block's work done once per distinct prefix.
+"""Quality under many plans at once, each block's work done once per distinct prefix.
 
-Two choices that drop the same blocks up to block j have the same activations up to j. So one pass over the blocks
-carries a set of streams, starts as a single one, and splits a stream at a block only where its choices part:
+Two plans that treat the blocks up to j alike have the same activations up to j. So one pass over the blocks carries a
+set of streams, starts as a single one, and splits a stream at a block only where its plans part:
 
-    choices {}, {3}, {2, 3}    block 0, 1: one stream;  block 2: {} and {3} | {2, 3};  block 3: three streams
+    dropped {}, {3}, {2, 3}    block 0, 1: one stream;  block 2: {} and {3} | {2, 3};  block 3: three streams
 
-For the suffixes {i..L-1} of the sequential sensitivity this is METHODS 2.2's cost exactly: the dense prefix is run
-once and every choice starts from it, L/2 + 1.5 forward passes in all (output heads apart) instead of L + 1. Blocks
-are visited once, in order, for all choices. The price is memory: one activation per choice for the batch at hand.
+Plans for different numbers of ranks, int8 syncs and skipped attention are told apart in the same way, so one pass
+measures several N and shares their dense prefix. For the suffixes {i..L-1} of the sequential sensitivity this is
+METHODS 2.2's cost exactly: the dense prefix is run once and every plan starts from it, L/2 + 1.5 forward passes in all
+(output heads apart) instead of L + 1. Blocks are visited once, in order, for all plans, so that a model larger than
+memory needs one block's weights at a time (streamed.py). The price is memory: one activation per plan for the batch
+at hand.
 
-Losses are kept per batch and choice, in a state file if one is given, rewritten after each batch. A run that was
-killed goes on after its last whole batch, and ends with the same numbers bit for bit. The file is a journal of
-measurements keyed by weights, data, ranks and choices: several runs may share one, and none reads another's.
+Beside perplexity stands the mean KL divergence from the dense model, KL(dense || plan): it moves before perplexity
+does, and falls apart less with the text.
+
+Losses are kept per batch and plan, in a state file if one is given, rewritten after each batch. A run that was killed
+goes on after its last whole batch, and ends with the same numbers bit for bit. The file is a journal of measurements
+keyed by weights, data and plans: several runs may share one, and none reads another's.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,34 +38,46 @@ from elision import files
 from elision.blocks import Block, Decoder
 from elision.errors import InputError
 from elision.progress import progress
-from elision.spd.corrections import Correction
+from elision.spd.corrections import Correction, correction_of
+from elision.spd.plan import SyncPlan
 from elision.spd.simulate import Simulation, check_plain
+from elision.spd.streamed import resident
 
 Batch = Mapping[str, Tensor]
-Choice = tuple[int, ...]  # dropped blocks, ascending
+Sums = Sequence[float]  # summed loss, summed KL divergence
+Way = tuple[str, int, str | None] | None  # how a block is treated, for how many ranks, how corrected; None: it is not
 
+VERSION = 2  # of the state file
 IGNORED = -100  # label of a position that is not scored, as in torch's cross-entropy
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 HEAD_ROWS = 1024  # positions per call of the output head: bounds the logits' memory
 
 
-def perplexities(
+class Quality(NamedTuple):
+    """What a plan makes of a model, on one text."""
+
+    perplexity: float
+    kl: float  # mean KL divergence from the dense model, nats a scored token
+
+
+def measure(
     view: Decoder,
     batches: Sequence[Batch],
-    ranks: int,
-    choices: Sequence[Choice],
+    plans: Sequence[SyncPlan],
     *,
+    reference: Sequence[Tensor] | None = None,
     state: str | Path | None = None,
     quiet: bool = False,
     title: str = "Measuring perplexity",
-) -> tuple[float, ...]:
-    """Perplexity of the simulated model for every choice of dropped blocks.
+) -> tuple[Quality, ...]:
+    """Quality of the simulated model under every plan.
 
     Args:
-        view: the model, one whose blocks can be simulated with `ranks`.
+        view: the model, one whose blocks can be simulated with the plans' ranks.
         batches: what `check_batches` returned.
-        ranks: tensor-parallel ranks.
-        choices: for each result, the blocks that drop their sync, ascending.
+        plans: what to measure; corrections that they name must be in the model.
+        reference: what `last_hidden` gave for the model that divergence is taken from, where its blocks were another's
+            weights than `view`'s; by default `view` itself with every sync in place.
         state: file to resume from and to keep up to date.
         quiet: show no progress bar.
         title: what the bar says.
@@ -68,53 +86,96 @@ def perplexities(
         InputError: a block that cannot be simulated, a state file that is not one, a perplexity that is not finite.
     """
     for block in view.blocks:
-        check_plain(block)
+        check_plain(block, streamed=True)
+    ways = [tuple(_way(plan, block.index) for block in view.blocks) for plan in plans]
+    dense = (None,) * len(view.blocks)
+    if reference is None and dense not in ways:
+        ways.append(dense)
     targets = [next_tokens(batch) for batch in batches]
     journal = _read_journal(state)
-    rows = journal.setdefault(_key(view, batches, ranks, choices), []) if state is not None else []
-    cost = sum(_parts(choices, block.index) for block in view.blocks) + len(choices)
+    rows = journal.setdefault(_key(view, batches, ways), []) if state is not None else []
+    cost = sum(len({way[: block.index + 1] for way in ways}) for block in view.blocks) + len(ways)
     with evaluating(view.model), progress(title, cost * len(batches), quiet) as advance:
         advance(cost * len(rows))
-        for batch, target in list(zip(batches, targets, strict=True))[len(rows) :]:
-            rows.append(_losses(view, batch, target, ranks, choices, advance))
+        known: Sequence[Tensor | None] = reference or [None] * len(batches)
+        for batch, target, base in list(zip(batches, targets, known, strict=True))[len(rows) :]:
+            rows.append(_sums(view, batch, target, ways, base, advance))
             if state is not None:
-                files.write_json(state, {"version": 1, "losses": journal})
+                files.write_json(state, {"version": VERSION, "losses": journal})
     tokens = sum(int((target != IGNORED).sum()) for target in targets)
-    return tuple(_perplexity(column, tokens) for column in zip(*rows, strict=True))
+    return tuple(_quality(column, tokens) for column in list(zip(*rows, strict=True))[: len(plans)])
 
 
-def _perplexity(summed: Sequence[float], tokens: int) -> float:
-    mean = math.fsum(summed) / tokens
-    if not mean < 700:  # also catches nan; exp overflows a little later
-        raise InputError(f"loss of {mean} per token is out of range: the model or its dtype fails on this data")
-    return math.exp(mean)
+def _way(plan: SyncPlan, block: int) -> Way:
+    how = plan.treatment(block)
+    return None if how == "dense" else (how, plan.ranks, plan.corrections.get(block))
+
+
+def _quality(sums: Sequence[Sums], tokens: int) -> Quality:
+    loss, kl = (math.fsum(column) / tokens for column in zip(*sums, strict=True))
+    if not loss < 700:  # also catches nan; exp overflows a little later
+        raise InputError(f"loss of {loss} per token is out of range: the model or its dtype fails on this data")
+    return Quality(math.exp(loss), kl)
 
 
 @torch.no_grad()
-def _losses(
-    view: Decoder, batch: Batch, target: Tensor, ranks: int, choices: Sequence[Choice], advance: Callable[[int], None]
-) -> list[float]:
-    """The summed loss of one batch under every choice."""
+def last_hidden(view: Decoder, batches: Sequence[Batch]) -> list[Tensor]:
+    """The last block's output (batch, sequence, hidden) for each batch, with every sync in place."""
+    found = []
+    with evaluating(view.model):
+        for batch in batches:
+            calls = layer_calls(view, {name: batch[name].to(view.model.device) for name in INPUTS if name in batch})
+            hidden = calls[0][0]
+            for block, (_, kwargs) in zip(view.blocks, calls, strict=True):
+                with resident(block):
+                    hidden = block.layer(hidden, **kwargs)
+            found.append(hidden)
+    return found
+
+
+@torch.no_grad()
+def _sums(
+    view: Decoder,
+    batch: Batch,
+    target: Tensor,
+    ways: Sequence[tuple[Way, ...]],
+    base: Tensor | None,
+    advance: Callable[[int], None],
+) -> list[Sums]:
+    """(summed loss, summed KL divergence from `base`, or from the dense stream) of one batch under each of `ways`."""
     device = view.model.device
     calls = layer_calls(view, {name: batch[name].to(device) for name in INPUTS if name in batch})
-    streams: list[tuple[list[int], Tensor]] = [(list(range(len(choices))), calls[0][0])]
+    streams: list[tuple[list[int], Tensor]] = [(list(range(len(ways))), calls[0][0])]
     for block, (_, kwargs) in zip(view.blocks, calls, strict=True):
         split = []
-        while streams:
-            members, hidden = streams.pop(0)
-            for drops in (False, True):
-                part = [member for member in members if (block.index in choices[member]) == drops]
-                if part:
-                    split.append((part, step(block, ranks if drops else None, hidden, kwargs)))
+        with resident(block):
+            while streams:
+                members, hidden = streams.pop(0)
+                parts: dict[Way, list[int]] = {}
+                for member in members:
+                    parts.setdefault(ways[member][block.index], []).append(member)
+                for way, part in parts.items():
+                    split.append((part, treat(block, way, hidden, kwargs)))
                     advance(1)
         streams = split
-    found = [0.0] * len(choices)
-    for members, hidden in streams:
-        loss = _loss(view, hidden, target.to(device))
+    if base is None:
+        base = next(hidden for members, hidden in streams if not any(ways[members[0]]))
+    found: dict[int, Sums] = {}
+    for (members, _), sums in zip(streams, _scores(view, [h for _, h in streams], base, target), strict=True):
         for member in members:
-            found[member] = loss
+            found[member] = sums
             advance(1)
-    return found
+    return [found[member] for member in range(len(ways))]
+
+
+def treat(block: Block, way: Way, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """One stream through one block, which is treated as `way` says."""
+    if way is None or way[0] == "dropped":
+        _, ranks, kind = way or (None, None, None)
+        return step(block, ranks, hidden, kwargs, None if kind is None else correction_of(block, ranks or 1, kind))
+    how, ranks, _ = way
+    with Simulation((), ranks, int8=[block] if how == "int8" else (), skipped=[block] if how == "skipped" else ()):
+        return block.layer(hidden, **kwargs)
 
 
 def step(
@@ -126,11 +187,6 @@ def step(
     corrections = {} if correction is None else {block.index: correction}
     with Simulation([block], ranks, corrections):
         return block.layer(hidden, **kwargs)
-
-
-def _parts(choices: Sequence[Choice], block: int) -> int:
-    """Number of streams that pass `block`: choices that differ up to and including it."""
-    return len({tuple(index for index in choice if index <= block) for choice in choices})
 
 
 def layer_calls(view: Decoder, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -155,9 +211,25 @@ def layer_calls(view: Decoder, inputs: Mapping[str, Tensor]) -> list[tuple[Tenso
     return calls
 
 
-def _loss(view: Decoder, hidden: Tensor, target: Tensor) -> float:
-    """Summed next-token loss of the last block's output (batch, sequence, hidden) where there is a target."""
-    return sum(part.item() for part in losses(view, hidden, target))
+def _scores(view: Decoder, hidden: Sequence[Tensor], base: Tensor, target: Tensor) -> list[Sums]:
+    """Summed loss, and KL divergence from `base`, of each stream's last output where there is a target."""
+    target = target.to(base.device)
+    found: list[Sums] = [(0.0, 0.0)] * len(hidden)
+    for places in (target != IGNORED).nonzero().split(HEAD_ROWS):
+        row, column = places.unbind(-1)
+        label = target[row, column]
+        true = _log_probabilities(view, base[row, column])
+        for i, stream in enumerate(hidden):
+            own = true if stream is base else _log_probabilities(view, stream[row, column])
+            loss = F.nll_loss(own, label, reduction="sum").item()
+            kl = 0.0 if stream is base else (true.exp() * (true - own)).sum().item()
+            found[i] = (found[i][0] + loss, found[i][1] + kl)
+    return found
+
+
+def _log_probabilities(view: Decoder, hidden: Tensor) -> Tensor:
+    logits = view.logits(hidden)
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
 def losses(view: Decoder, hidden: Tensor, target: Tensor) -> Iterator[Tensor]:
@@ -224,11 +296,27 @@ def fingerprint(batches: Sequence[Batch]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _key(view: Decoder, batches: Sequence[Batch], ranks: int, choices: Sequence[Choice]) -> str:
-    digest = hashlib.sha256(json.dumps([fingerprint(batches), ranks, choices]).encode())
-    for name, tensor in view.model.state_dict().items():
-        hash_tensor(digest, name, tensor)
+def _key(view: Decoder, batches: Sequence[Batch], ways: Sequence[tuple[Way, ...]]) -> str:
+    digest = hashlib.sha256(json.dumps([fingerprint(batches), ways]).encode())
+    hash_weights(digest, view)
     return digest.hexdigest()[:16]
+
+
+def hash_weights(digest: Any, view: Decoder) -> None:
+    """Feed every tensor of the model to a hashlib digest, block by block: the same whether it is streamed or not."""
+    layers = {
+        f"{name}.": block
+        for name, module in view.model.named_modules()
+        for block in view.blocks
+        if module is block.layer
+    }
+    for name, tensor in view.model.state_dict().items():
+        if not name.startswith(tuple(layers)):
+            hash_tensor(digest, name, tensor)
+    for prefix, block in layers.items():
+        with resident(block):
+            for name, tensor in block.layer.state_dict().items():
+                hash_tensor(digest, f"{prefix}{name}", tensor)
 
 
 def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
@@ -237,11 +325,11 @@ def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def _read_journal(state: str | Path | None) -> dict[str, list[list[float]]]:
+def _read_journal(state: str | Path | None) -> dict[str, list[list[Sums]]]:
     if state is None or not Path(state).exists():
         return {}
     data = files.read_json(state, "state file")
-    if not isinstance(data, dict) or data.get("version") != 1 or not isinstance(data.get("losses"), dict):
+    if not isinstance(data, dict) or data.get("version") != VERSION or not isinstance(data.get("losses"), dict):
         raise InputError(f"state file {state} was not written by a calibration: delete it or give another path")
     return data["losses"]
 

@@ -1,0 +1,227 @@
+"""`elision spd calibrate` and `elision spd heal`: from a model and text to a plan, from a plan to a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from elision.cli.common import Json, Model, Rows, Text, Tokens, load, show
+from elision.errors import InputError
+
+if TYPE_CHECKING:
+    from elision.spd import SyncPlan, Workload
+
+ROWS_A_BATCH = 8
+Method = Literal[
+    "sequential", "single", "fisher", "output_error", "integrated"
+]  # proxies.Method, which typer must see at import
+
+HeldOut = Annotated[
+    list[Path] | None,
+    typer.Option(help="Text to verify on; by default rows of --text that nothing is decided on, a quarter more."),
+]
+
+
+def calibrate(
+    model: Model,
+    text: Text,
+    ranks: Annotated[list[int], typer.Option(min=1, help="Tensor-parallel ranks that will serve; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="Where the plan goes; what was measured is kept beside it.")],
+    max_loss: Annotated[float | None, typer.Option(help="Allowed perplexity increase; 0.01 is one percent.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Allowed KL divergence from the dense model, nats.")] = None,
+    drop: Annotated[float | None, typer.Option(help="Share of the blocks to drop instead.")] = None,
+    tiers: Annotated[str | None, typer.Option(help="t1,t2, shares of perplexity: heal blocks above.")] = None,
+    healing: Annotated[bool, typer.Option("--healing", help="Plan for `elision spd heal` to follow.")] = False,
+    method: Annotated[Method, typer.Option(help="How blocks are ordered: exactly, or faster.")] = "sequential",
+    probe: Annotated[Path | None, typer.Option(help="What `spd probe --out` wrote: mix treatments for it.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Instead of --probe: seconds of an empty all-reduce.")] = None,
+    beta: Annotated[float | None, typer.Option(help="And seconds a byte that leaves a rank.")] = None,
+    step_ms: Annotated[float | None, typer.Option(help="Time of a step with all syncs in place.")] = None,
+    step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of such a step: rows decoded at once.")] = 1,
+    held_out: HeldOut = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Read weights block by block: for large models.")] = False,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+    rows: Rows = 32,
+    tokens: Tokens = 512,
+    as_json: Json = False,
+) -> None:
+    """Measure what each dropped sync costs on text, and write the plan that the limit allows; a rerun resumes."""
+    from elision import spd
+    from elision.spd.calibration import Limit
+
+    limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing)
+    loaded, tokenizer = _open(model, dtype, stream)
+    workload = _workload(loaded, ranks, probe, alpha, beta, step_ms, step_tokens)
+    batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
+    if workload is not None and (reason := workload.refusal()):
+        return show({"plan": None, "verdict": reason}, as_json, reason)
+    made = spd.calibrations(
+        loaded,
+        batches,
+        ranks,
+        limit,
+        method=method,
+        workload=workload,
+        held_out=apart,
+        state=out.with_name(f"{out.name}.journal"),
+    )
+    for plan in made:
+        path = out if len(made) == 1 else out.with_name(f"{out.stem}-{plan.ranks}{out.suffix}")
+        plan.save(path)
+        show({"plan": str(path), **_summary(plan)}, as_json, f"{_said(plan)}: {path}")
+
+
+def heal(
+    model: Model,
+    plan: Annotated[Path, typer.Option(help="What `spd calibrate` wrote.")],
+    text: Text,
+    out: Annotated[Path, typer.Option(help="Directory of the healed checkpoint; a killed run goes on beside it.")],
+    held_out: HeldOut = None,
+    correction: Annotated[str | None, typer.Option(help="Fit before training: constant, gain or local_o.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text for each block.")] = 10,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default set by the model's width.")] = None,
+    lora: Annotated[int, typer.Option(min=0, help="Train matrices in this rank only; 0: in full.")] = 0,
+    polish: Annotated[int, typer.Option(min=0, help="Epochs of all healed blocks together at the end.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the batches' order.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+    rows: Rows = 128,
+    tokens: Tokens = 512,
+    as_json: Json = False,
+) -> None:
+    """Distil what the plan's blocks lost with their syncs, and write a checkpoint that carries the plan."""
+    from elision import spd
+    from elision.spd.artifact import check_replaceable
+
+    planned = spd.SyncPlan.load(plan)
+    recipe = spd.Recipe(epochs=epochs, lr=lr, seed=seed, correction=correction, lora=lora, polish=polish)
+    check_replaceable(out)
+    loaded, tokenizer = _open(model, dtype, stream=False)
+    batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
+    state = out.with_name(f".{out.name}.healing")
+    healed = spd.carry_out(loaded, planned, batches, held_out=apart, recipe=recipe, state=state)
+    files = " ".join(f"--text {path}" for path in text)
+    command = f"elision spd heal {model} --plan {plan} {files} --rows {rows} --tokens {tokens} --out {out}"
+    spd.save(healed.model, healed.plan, out, tokenizer, command=command)
+    shutil.rmtree(state, ignore_errors=True)
+    show({"checkpoint": str(out), **_summary(healed.plan)}, as_json, f"{_said(healed.plan)}: {out}")
+
+
+def _open(model: str, dtype: str, stream: bool) -> tuple[Any, Any]:
+    """Model and tokenizer, the model on the GPU where there is one."""
+    import torch
+
+    from elision.loading import DTYPES, load_tokenizer
+    from elision.spd import open_streamed
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not stream:
+        loaded, tokenizer = load(model, dtype)
+        return loaded.to(device), tokenizer
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not known: use {', '.join(DTYPES)}")
+    return open_streamed(model, dtype=getattr(torch, dtype), device=device), load_tokenizer(model)
+
+
+def _texts(tokenizer: Any, text: list[Path], held_out: list[Path] | None, rows: int, tokens: int) -> tuple[Any, Any]:
+    """Batches to decide on and batches to verify on; None where the text has no row to spare for that."""
+    from elision.data import text_batches
+    from elision.loading import load_texts
+
+    texts = load_texts(text)
+    if held_out:
+        other = load_texts(held_out)
+        first, second = (text_batches(tokenizer, each, tokens, ROWS_A_BATCH, limit=rows) for each in (texts, other))
+        return first, second
+    found = text_batches(tokenizer, texts, tokens, rows=1, limit=rows + -(-rows // 4))
+    apart = max(len(found) - rows, len(found) // 5)
+    cut = len(found) - apart
+    return _joined(found[:cut]), _joined(found[cut:]) or None
+
+
+def _joined(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Batches of single rows as batches of ROWS_A_BATCH."""
+    import torch
+
+    parts = [rows[first : first + ROWS_A_BATCH] for first in range(0, len(rows), ROWS_A_BATCH)]
+    return [{name: torch.cat([row[name] for row in part]) for name in part[0]} for part in parts]
+
+
+def _thresholds(tiers: str | None) -> tuple[float, float] | None:
+    if tiers is None:
+        return None
+    try:
+        first, second = map(float, tiers.split(","))
+    except ValueError:
+        raise InputError(f"tiers {tiers!r} are not two numbers: give t1,t2 such as 0.001,0.01") from None
+    return first, second
+
+
+def _workload(
+    model: Any,
+    ranks: list[int],
+    probe: Path | None,
+    alpha: float | None,
+    beta: float | None,
+    step_ms: float | None,
+    step_tokens: int,
+) -> Workload | None:
+    """What a step costs by the link that was probed or typed; None where neither was."""
+    from elision import files, spd
+    from elision.blocks import decoder
+    from elision.spd.costs import Link
+
+    if probe is None and alpha is None and beta is None:
+        if step_ms is not None:
+            raise InputError("step-ms is given without a link: give --probe, or --alpha and --beta")
+        return None
+    if probe is not None:
+        found = files.read_json(probe, "probe")
+        if not isinstance(found, dict) or not {"ranks", "alpha", "beta"} <= set(found):
+            raise InputError(f"probe {probe} has no ranks, alpha and beta: write it with elision spd probe --out")
+        link = Link(found["ranks"], found["alpha"], found["beta"])
+    elif alpha is None or beta is None:
+        raise InputError("one of alpha and beta is given: give both, or --probe")
+    elif len(ranks) != 1:
+        raise InputError(f"ranks {ranks} are several: a link has one number of ranks, give that")
+    else:
+        link = Link(ranks[0], alpha, beta)
+    if step_ms is None:
+        raise InputError("step-ms is not given: time a step with all syncs, with elision spd bench, and give it")
+    view = decoder(model)
+    return spd.Workload.of_model(view, link, tokens=step_tokens, step=step_ms / 1e3)
+
+
+def _summary(plan: SyncPlan) -> dict[str, Any]:
+    """The plan's outcome as JSON values."""
+    found: dict[str, Any] = {"ranks": plan.ranks}
+    found |= {name: list(getattr(plan, name)) for name in ("dropped", "int8", "skipped", "healed")}
+    found["healing"] = {str(block): how for block, how in plan.healing.items()}
+    if plan.verified is not None:
+        found |= {name: getattr(plan.verified, name) for name in ("tokens", "predicted", "loss", "kl", "recovery")}
+    return found
+
+
+def _said(plan: SyncPlan) -> str:
+    """The plan's outcome in a sentence."""
+    layers = "" if plan.model is None else f" of {plan.model.layers}"
+    parts = [f"{len(plan.dropped)}{layers} blocks drop their first sync on {plan.ranks} ranks"]
+    parts += [
+        f"{len(blocks)} {what}"
+        for blocks, what in ((plan.int8, "send it in int8"), (plan.skipped, "skip attention"))
+        if blocks
+    ]
+    parts += [f"{len(plan.healing)} are to be healed"] if plan.healing else []
+    found = plan.verified
+    if found is None:
+        return ", ".join(parts)
+    off = 100 * (found.loss - found.predicted)
+    parts.append(
+        f"perplexity {100 * found.loss:+.2f}% on {found.tokens:,} held-out tokens where {100 * found.predicted:+.2f}% "
+        f"was predicted ({abs(off):.2f} points {'more' if off > 0 else 'less'})"
+    )
+    if (plan.healed or plan.corrections) and found.recovery is not None:
+        parts.append(f"{100 * found.recovery:.0f}% of the loss recovered")
+    return ", ".join(parts)

@@ -1,0 +1,80 @@
+"""A plan carried out and measured: `heal` does what it still says of `healing`, held-out text says what came back.
+
+Before and after are measured on the same text, and divergence is taken from the original model, whose last hidden
+states are kept for that: healing changes blocks, never the norm and the head behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from elision.errors import InputError
+from elision.spd.artifact import Treated
+from elision.spd.calibration import expected, verified
+from elision.spd.distill import Recipe, heal
+from elision.spd.plan import SyncPlan
+from elision.spd.planner import RECOVERED
+from elision.spd.simulate import covered, facts
+from elision.spd.streams import Batch, check_batches, last_hidden, measure
+
+
+def carry_out(
+    model: nn.Module,
+    plan: SyncPlan,
+    batches: Iterable[Batch],
+    *,
+    held_out: Iterable[Batch] | None = None,
+    recipe: Recipe | None = None,
+    state: str | Path | None = None,
+    quiet: bool = False,
+) -> Treated:
+    """Do to the model, in place, what `plan.healing` says; where it says nothing, distil every dropped block.
+
+    Args:
+        model: the original model that `plan` was calibrated on.
+        plan: with blocks dropped and none treated yet.
+        batches: calibration text, as for `heal`.
+        held_out: further text, to verify the result on; what is found is in the plan's `verified`.
+        recipe: how to train; its `correction` is the kind for blocks that are to be corrected.
+        state: directory that keeps each distilled block, as in `heal`: a killed run goes on, to the same bytes.
+        quiet: show no progress bars.
+
+    Raises:
+        InputError: a plan that drops nothing or is carried out already, or what `heal` refuses.
+    """
+    view = covered(model, plan.ranks)
+    plan.check(facts(view))
+    if not plan.dropped:
+        raise InputError("plan drops no sync, so there is nothing to heal: calibrate with a wider limit")
+    if not plan.original_weights:
+        raise InputError("plan is carried out already, its checkpoint is healed: give the plan that calibrate wrote")
+    checked = check_batches(batches, view.config.vocab_size)
+    apart = None if held_out is None else check_batches(held_out, view.config.vocab_size)
+    wanted = plan.healing or dict.fromkeys(plan.dropped, "b2b")
+    bare = replace(plan, healing={}, verified=None)
+    dense = zero_shot = None
+    reference: list[Tensor] = []
+    if apart is not None:
+        title = "Held-out text, before"
+        dense, zero_shot = measure(view, apart, [SyncPlan(1), bare], quiet=quiet, title=title)
+        reference = last_hidden(view, apart)
+    treated = heal(view.model, replace(bare, healing=wanted), checked, recipe=recipe, state=state, quiet=quiet)
+    if apart is None or dense is None or zero_shot is None:
+        return treated
+    title = "Held-out text, after"
+    (after,) = measure(view, apart, [treated.plan], reference=reference, quiet=quiet, title=title)
+    loss = _predicted(plan, wanted, zero_shot.perplexity / dense.perplexity - 1)
+    return Treated(view.model, replace(treated.plan, verified=verified(apart, dense, zero_shot, after, loss)))
+
+
+def _predicted(plan: SyncPlan, wanted: Mapping[int, str], zero_shot: float) -> float:
+    """The relative loss to be expected of `wanted`, where `zero_shot` is what dropping alone costs on this text."""
+    if plan.int8 or plan.skipped:  # a mixture's prediction is its own
+        return zero_shot if plan.verified is None else plan.verified.predicted
+    if plan.calibration is None:
+        return zero_shot * (1 - min(RECOVERED[how] for how in wanted.values()))
+    return expected(replace(plan, healing=wanted))

@@ -1,0 +1,141 @@
+"""A model read block by block: the same numbers, little memory, and one line for what cannot be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from elision import InputError
+from elision.blocks import decoder
+from elision.spd import SyncPlan, calibrate, open_streamed, simulate
+from elision.spd.streamed import resident
+from tests.spd.test_calibration import APART
+from tests.spd.test_sensitivity import DATA
+from tests.spd.tiny import tiny
+
+TIED = {"llama": {"tie_word_embeddings": True}}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3", "granite"])
+def test_it_calibrates_to_the_same_bytes(family, tmp_path):
+    model = tiny(family, **TIED.get(family, {}))
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")  # several files
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    streamed = open_streamed(tmp_path / "model")
+    blocks = [block.layer for block in decoder(streamed).blocks]
+    assert all(parameter.is_meta for layer in blocks for parameter in layer.parameters())
+    state = tmp_path / "state.json"
+    for method in ("sequential", "fisher"):
+        plans, sizes = [], []
+        for each in (model, streamed):
+            plans.append(calibrate(each, DATA, 3, drop=0.5, method=method, held_out=APART, state=state, quiet=True))
+            sizes.append(len(json.loads(state.read_text())["losses"]))
+        assert plans[0] == plans[1]
+        assert sizes[0] == sizes[1]  # what the one had measured the other did not measure again
+        assert plans[1] == calibrate(streamed, DATA, 3, drop=0.5, method=method, held_out=APART, quiet=True)
+    assert all(parameter.is_meta for layer in blocks for parameter in layer.parameters())
+
+
+def test_a_block_is_resident_only_while_it_is_visited(tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    block = decoder(open_streamed(tmp_path, dtype=torch.float32)).blocks[1]
+    with resident(block):
+        with resident(block):
+            pass
+        assert block.o.weight.dtype == torch.float32 and not block.o.weight.is_meta
+        torch.testing.assert_close(block.o.weight.double(), decoder(model).blocks[1].o.weight, rtol=1e-6, atol=1e-7)
+    assert block.o.weight.is_meta
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A checkpoint of 24 blocks, 10 MB each."""
+    path = tmp_path_factory.mktemp("large")
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's limit on address space")
+def test_a_model_larger_than_memory_calibrates(large, tmp_path):
+    weights = sum(file.stat().st_size for file in large.glob("*.safetensors")) / 2**20
+    allowed = 80.0  # MB: two blocks are 20; activations, garbage and what is imported late take the rest
+    assert weights > 2.5 * allowed
+    root = Path(__file__).parents[2]
+    paths = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed is given back
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        module = "tests.spd.calibrate_in_little_memory"
+        command = [sys.executable, "-m", module, str(large), str(tmp_path / "plan.json"), str(allowed), *more]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    whole = run("whole")
+    assert whole.returncode != 0 and "memory" in whole.stderr.lower(), whole.stderr  # the limit binds
+    assert not (tmp_path / "plan.json").exists()
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert len(SyncPlan.load(tmp_path / "plan.json").dropped) == 12
+
+
+class TestRefusals:
+    @pytest.fixture
+    def saved(self, tmp_path) -> Path:
+        tiny("llama").save_pretrained(tmp_path)
+        return tmp_path
+
+    def refused(self, match, path):
+        with pytest.raises(InputError, match=match) as caught:
+            open_streamed(path)
+        assert "\n" not in str(caught.value)
+
+    def test_no_weights(self, saved):
+        (saved / "model.safetensors").unlink()
+        self.refused("holds no safetensors", saved)
+
+    def test_a_header_cut_short(self, saved):
+        with open(saved / "model.safetensors", "r+b") as file:
+            file.truncate(100)
+        self.refused("is no safetensors file, or a truncated one", saved)
+
+    def test_weights_cut_short(self, saved):
+        size = (saved / "model.safetensors").stat().st_size
+        with open(saved / "model.safetensors", "r+b") as file:
+            file.truncate(size - 8)
+        with pytest.raises(InputError, match="is truncated"):
+            calibrate(open_streamed(saved), DATA, 3, quiet=True)
+
+    def test_another_models_weights(self, saved):
+        config = json.loads((saved / "config.json").read_text())
+        (saved / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+        self.refused("gate_proj.weight has shape .40, 24., the config makes it .48, 24.", saved)
+        (saved / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+        self.refused(r"holds no tensor model.layers.3", saved)
+
+    def test_what_needs_all_weights_at_once(self, saved):
+        with pytest.raises(InputError, match="block 0's q projection is offloaded"):
+            simulate(open_streamed(saved), SyncPlan(3, (0,)))
