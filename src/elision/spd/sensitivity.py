@@ -128,7 +128,8 @@ def curve(
     """
     view = covered(model, ranks)
     SyncPlan(ranks, tuple(order)).check(facts(view))
-    (found,) = curves(view, check_batches(batches, view.config.vocab_size), [(ranks, order)], state, quiet)
+    data = check_batches(batches, view.config.vocab_size)
+    (found,) = curves(view, data, [(ranks, order)], state, quiet, title="Perplexity along the order")
     return tuple(quality.perplexity for quality in found)
 
 
@@ -138,9 +139,10 @@ def curves(
     orders: Sequence[tuple[int, Sequence[int]]],
     state: str | Path | None,
     quiet: bool,
+    title: str = "Zero-shot curve",
 ) -> tuple[tuple[Quality, ...], ...]:
     """For each (ranks, order), the quality with the first k blocks of that order dropped as they are."""
     plans = [SyncPlan(ranks, tuple(order[:k])) for ranks, order in orders for k in range(len(order) + 1)]
-    title = f"Zero-shot curve, {', '.join(str(ranks) for ranks, _ in orders)} ranks"
+    title = f"{title}, {', '.join(str(ranks) for ranks, _ in orders)} ranks"
     found = iter(measure(view, batches, plans, state=state, quiet=quiet, title=title))
     return tuple(tuple(next(found) for _ in range(len(order) + 1)) for _, order in orders)
