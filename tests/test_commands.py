@@ -64,6 +64,14 @@ def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
     card = (out / "README.md").read_text()
     assert "Perplexity on held-out data, as this checkpoint runs" in card and f"--plan {planned}" in card
     assert not list(tmp_path.glob(".healed*"))
+    again = [*CALIBRATE, "--text", text, "--ranks", 4, "--out", tmp_path / "again.json"]
+    again[2] = out
+    for options in ([], ["--stream"]):
+        code, _, error = run(*again, *options)
+        assert code == 2 and "has weights made for the plan that it carries" in error
+    carried = read_plan(out).save(tmp_path / "carried.json")
+    code, _, error = run("eval", "reference", "--plan", carried, "--text", text, "--rows", 2, "--tokens", 32)
+    assert code == 2 and "is of a healed checkpoint" in error
     code, _, error = run("spd", "heal", "reference", "--plan", planned, *rest, "--out", tmp_path)
     assert code == 2 and "exists and is not a checkpoint with a plan" in error
 

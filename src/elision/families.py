@@ -245,6 +245,20 @@ def check_ranks(config: PretrainedConfig, ranks: int) -> None:
     raise InputError(f"ranks={ranks} cannot share this model, {reason}: use one of {', '.join(map(str, allowed))}")
 
 
+def check_original(config: PretrainedConfig, source: str | Path) -> None:
+    """Pass where the weights are an original model's, and not made for the SyncPlan that the checkpoint carries.
+
+    Raises:
+        InputError: they were healed, corrected or regrouped, so that without the plan they compute something else.
+    """
+    carried = getattr(config, "spd_plan", None)
+    if isinstance(carried, dict) and any(carried.get(name) for name in ("healed", "corrections", "heads")):
+        raise InputError(
+            f"{source} has weights made for the plan that it carries: load it with elision.spd.load, or give the "
+            "original model"
+        )
+
+
 def model_path(source: str | Path) -> str:
     """What from_pretrained takes for `source`: a directory or Hugging Face id as it is, "reference" as our own."""
     return str(REFERENCE) if str(source) == "reference" else str(source)

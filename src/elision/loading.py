@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elision.errors import InputError
-from elision.families import load_config, model_path, refusal
+from elision.families import check_original, load_config, model_path, refusal
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -16,7 +16,8 @@ def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
     """(model, tokenizer) of a directory, a Hugging Face id or "reference", in eval mode.
 
     Raises:
-        InputError: no such model, an unsupported family, weights that are missing or truncated, no tokenizer.
+        InputError: no such model, an unsupported family, weights that are missing or truncated or were made for an SPD
+            plan, no tokenizer.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -26,6 +27,7 @@ def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
     config = load_config(source)
     if reason := refusal(config, "sparselora"):  # the wider of the two methods: what it cannot view, neither can
         raise InputError(reason)
+    check_original(config, source)
     name = model_path(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))

@@ -98,6 +98,10 @@ def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -
     from elision.loading import load_adapter, load_tokenizer
 
     planned = None if plan is None else spd.SyncPlan.load(plan)
+    if planned is not None and not planned.original_weights:
+        raise InputError(
+            f"plan {plan} is of a healed checkpoint, whose weights belong to it: give that, without --plan"
+        )
     config = Path(source) / "config.json"
     if config.is_file() and isinstance(values := read_json(config, "model config"), dict) and "spd_plan" in values:
         if planned is not None or adapter is not None:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elision.blocks import Block, decoder, load_config, model_path
 from elision.errors import InputError
+from elision.families import check_original
 
 STREAM = "_elision_stream"  # a streamed layer's attribute, the reader of its weights
 
@@ -165,6 +166,7 @@ def open_streamed(
     from accelerate import init_empty_weights  # not at import: a serving process may not have accelerate
 
     config = load_config(source)
+    check_original(config, source)
     name = model_path(source)
     directory = Path(name).expanduser()
     if not directory.is_dir():
