@@ -34,13 +34,14 @@ TASK = (
 )
 TRAIN_PROBLEMS = 1200
 TEST_PROBLEMS = 200
+SWAPPED_PROBLEMS = 100  # of them, asked with another one's facts
 BATCH = 16
 LEARNING_RATE = 2e-3
 CHECKPOINTS = 4  # per fine-tuning run
 ANSWER_TOKENS = 36  # at most; a solution has about 25
 RANKS = (2, 4, 8)
 MAX_LOSS = 0.01
-TEXT_ROWS, TEXT_TOKENS = 16, 384  # of calibration and of scoring, each
+TEXT_ROWS, TEXT_TOKENS = 12, 384  # of calibration and of scoring, each
 VARIANTS = {"LoRA": None, "SparseLoRA": "svd", "random channels": "random", "no context FFN": "no-ffn"}
 
 console = Console(highlight=False)
@@ -121,7 +122,7 @@ def _finetune_all(out: Path, seed: int) -> dict[str, Any]:
     console.rule(f"Fine-tuning on {FAMILY!r}: LoRA, SparseLoRA and its controls")
     test = data.problems((FAMILY,), "test", TEST_PROBLEMS, seed)
     others = [*test[1:], test[0]]
-    swapped = [problem.with_facts_of(other) for problem, other in zip(test, others, strict=True)]
+    swapped = [problem.with_facts_of(other) for problem, other in zip(test, others, strict=True)][:SWAPPED_PROBLEMS]
     base = _stage(out, "base", lambda: _score(None, test, swapped))
     variants = []
     for name in VARIANTS:
