@@ -42,7 +42,7 @@ ANSWER_TOKENS = 36  # at most; a solution has about 25
 RANKS = (2, 4, 8)
 MAX_LOSS = 0.01
 TEXT_ROWS, TEXT_TOKENS = 12, 384  # of calibration and of scoring, each
-VARIANTS = {"LoRA": None, "SparseLoRA": "svd", "random channels": "random", "no context FFN": "no-ffn"}
+VARIANTS = {"LoRA": None, "SparseLoRA": "sampled", "random channels": "random", "no context FFN": "no-ffn"}
 
 console = Console(highlight=False)
 
