@@ -34,10 +34,11 @@ from torch.nn import functional as F
 from elision import files
 from elision.blocks import decoder
 from elision.data import shared_folder, text_batches
+from elision.layerwise import fingerprint
 from elision.loading import load_model, load_texts
 from elision.reference_model.corpus import library_texts
 from elision.spd import Recipe, SyncPlan, Treated, correct, heal, regroup, scores, sensitivity, simulate
-from elision.spd.streams import IGNORED, fingerprint, next_tokens
+from elision.spd.streams import IGNORED, next_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Path(__file__).with_suffix(".json")

@@ -7,10 +7,10 @@ import torch
 
 from elision import InputError
 from elision.blocks import decoder
+from elision.layerwise import layer_calls
 from elision.spd import SyncPlan, correct, simulate, uncorrect
 from elision.spd.fit import RIDGE
 from elision.spd.simulate import Simulation, head_outputs
-from elision.spd.streams import layer_calls
 from tests.spd.tiny import bits, left_padded, tiny, token_ids
 
 RANKS, ALL = 3, (0, 1, 2)

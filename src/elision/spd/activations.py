@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from elision.blocks import Block, Decoder
+from elision.layerwise import INPUTS, layer_calls
 from elision.spd.corrections import Correction
 from elision.spd.plan import SyncPlan
 from elision.spd.simulate import Simulation
-from elision.spd.streams import INPUTS, Batch, layer_calls
+from elision.spd.streams import Batch
 
 
 class Source(NamedTuple):

@@ -23,12 +23,13 @@ from torch import nn
 import elision
 from elision.blocks import Decoder
 from elision.errors import InputError
+from elision.layerwise import fingerprint
 from elision.spd.plan import EXCLUSIVE, TIERS, Calibration, SyncPlan, Verified
 from elision.spd.planner import RECOVERED, Workload, choose, options
 from elision.spd.proxies import Method, all_scores
 from elision.spd.sensitivity import ascending, covered_by_all, curves
 from elision.spd.simulate import facts
-from elision.spd.streams import IGNORED, Batch, Quality, check_batches, fingerprint, measure, next_tokens
+from elision.spd.streams import IGNORED, Batch, Quality, check_batches, measure, next_tokens
 
 DEFAULT_LOSS = 0.01
 TRIES = 8  # plans measured at most before a mixed one is given up

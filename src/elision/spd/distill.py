@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from elision.blocks import Block, Decoder
 from elision.errors import InputError
+from elision.layerwise import fingerprint, hash_tensor
 from elision.progress import progress
 from elision.spd.activations import Source, served, sources
 from elision.spd.artifact import Treated
@@ -42,7 +43,7 @@ from elision.spd.plan import CORRECTIONS, SyncPlan
 from elision.spd.polish import polish
 from elision.spd.regroup import regroup
 from elision.spd.simulate import check_plain, covered, facts
-from elision.spd.streams import Batch, check_batches, evaluating, fingerprint, hash_tensor, step
+from elision.spd.streams import Batch, check_batches, evaluating, step
 from elision.spd.student import Kept, Student, cut, mean, train, training
 
 DEFAULT_CORRECTION = "gain"  # of a block whose plan says "correct": two vectors a rank

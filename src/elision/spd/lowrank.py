@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from elision.blocks import Block
-from elision.spd.streams import hash_tensor
+from elision.layerwise import hash_tensor
 
 NAME = "spd_lowrank"  # of the submodule, and so in every state dict that holds one
 

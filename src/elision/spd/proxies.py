@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from elision.blocks import Block, Decoder
 from elision.errors import InputError
+from elision.layerwise import INPUTS, layer_calls
 from elision.progress import progress
 from elision.spd.block import add_residual, attention_share, mlp_share, spd_output
 from elision.spd.plan import EXCLUSIVE, SyncPlan
@@ -43,11 +44,9 @@ from elision.spd.simulate import Simulation, check_plain, head_outputs, local_bl
 from elision.spd.streamed import resident
 from elision.spd.streams import (
     IGNORED,
-    INPUTS,
     Batch,
     check_batches,
     evaluating,
-    layer_calls,
     losses,
     measure,
     next_tokens,

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from elision import files
 from elision.blocks import Block, Decoder
 from elision.errors import InputError
+from elision.layerwise import INPUTS, fingerprint, hash_tensor, layer_calls
 from elision.progress import progress
 from elision.spd.corrections import Correction, correction_of
 from elision.spd.plan import SyncPlan
@@ -49,7 +50,6 @@ Way = tuple[str, int, str | None] | None  # how a block is treated, for how many
 
 VERSION = 2  # of the state file
 IGNORED = -100  # label of a position that is not scored, as in torch's cross-entropy
-INPUTS = ("input_ids", "attention_mask", "position_ids")
 HEAD_ROWS = 1024  # positions per call of the output head: bounds the logits' memory
 
 
@@ -189,28 +189,6 @@ def step(
         return block.layer(hidden, **kwargs)
 
 
-def layer_calls(view: Decoder, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
-    """What the model hands each decoder layer for `inputs`: embeddings, and per layer its masks and positions.
-
-    The model's own forward makes them, with layers that only note their arguments.
-    """
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
-
-    def note(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        calls.append((hidden_states, kwargs))
-        return hidden_states
-
-    layers = [block.layer for block in view.blocks]
-    try:
-        for layer in layers:
-            layer.forward = note
-        view.model.base_model(**inputs, use_cache=False)
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
-    return calls
-
-
 def _scores(view: Decoder, hidden: Sequence[Tensor], base: Tensor, target: Tensor) -> list[Sums]:
     """Summed loss, and KL divergence from `base`, of each stream's last output where there is a target."""
     target = target.to(base.device)
@@ -286,16 +264,6 @@ def check_batches(batches: Iterable[Batch], vocabulary: int) -> list[Batch]:
     return checked
 
 
-def fingerprint(batches: Sequence[Batch]) -> str:
-    """Short hash of everything in the data that a measurement depends on."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in (*INPUTS, "labels"):
-            if name in batch:
-                hash_tensor(digest, name, batch[name])
-    return digest.hexdigest()[:16]
-
-
 def _key(view: Decoder, batches: Sequence[Batch], ways: Sequence[tuple[Way, ...]]) -> str:
     digest = hashlib.sha256(json.dumps([fingerprint(batches), ways]).encode())
     hash_weights(digest, view)
@@ -317,12 +285,6 @@ def hash_weights(digest: Any, view: Decoder) -> None:
         with resident(block):
             for name, tensor in block.layer.state_dict().items():
                 hash_tensor(digest, f"{prefix}{name}", tensor)
-
-
-def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    """Feed a tensor's name, type, shape and bytes to a hashlib digest."""
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _read_journal(state: str | Path | None) -> dict[str, list[list[Sums]]]:
