@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,10 @@ def add_up(how: str) -> list[float]:
     rank = dist.get_rank()
     if how == "refused":
         raise InputError("value 7 is odd: give an even one")
-    if how == "failed" and rank == 1:
+    if how in ("failed", "failed late") and rank == 1:
+        if how == "failed late":  # rank 0 hears of the lost connection long before the launcher of the error
+            dist.destroy_process_group()
+            time.sleep(2)
         raise MemoryError("no room")
     total = torch.tensor([rank + 1.0])
     dist.all_reduce(total)

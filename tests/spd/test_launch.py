@@ -39,6 +39,7 @@ def test_ranks_compute_together_and_rank_0_answers():
     [
         ("refused", InputError, "value 7 is odd: give an even one"),
         ("failed", RankLostError, "rank 1 stopped with MemoryError: no room; the others were ended"),
+        ("failed late", RankLostError, "rank 1 stopped with MemoryError: no room; the others were ended"),
     ],
 )
 def test_what_goes_wrong_in_a_rank_is_raised_here(how, kind, sentence):

@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ import torch
 from elision.errors import InputError
 from elision.spd.runtimes.ranks import RankLostError
 
+GRACE = 5.0  # seconds that a rank which lost another leaves the launcher to find that one out
 _SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"  # the launcher sets it
 
 
@@ -94,7 +96,13 @@ def _rank(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
         torch.set_num_threads(max(1, cores // ranks))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    result = body(*arguments)
+    try:
+        result = body(*arguments)
+    except RuntimeError as error:
+        # The rank that failed closes its connections, and those at their other ends may be heard of before it is.
+        if isinstance(error, RankLostError | torch.distributed.DistError) or "gloo" in str(error):
+            time.sleep(GRACE)
+        raise
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return result
