@@ -1,6 +1,6 @@
 """What dropped syncs save on real links: two ranks on this machine, over loopback and between network namespaces.
 
-    python benchmarks/tp_latency.py                       all links, about a quarter of an hour on four idle cores
+    python benchmarks/tp_latency.py                       all links: half an hour and more on four idle cores
     python benchmarks/tp_latency.py --quick               a tiny model, few turns, to see that all of it runs
     python benchmarks/tp_latency.py --out results.json    keep the JSON line in a file too
     python benchmarks/tp_latency.py --vllm PYTHON         all-reduces in vLLM's shared memory too, in that environment
