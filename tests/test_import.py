@@ -116,3 +116,16 @@ for fault in {list(faults)!r}:
 def test_the_package_itself_is_light() -> None:
     out = run("import sys, elision, elision.cli; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))")
     assert out.strip() == "[]"
+
+
+def test_serving_needs_torch_transformers_and_safetensors_alone() -> None:
+    """vLLM's environment, where the plugin is loaded, has nothing else of ours."""
+    script = """
+import sys
+for name in {absent!r}:
+    sys.modules[name] = None
+import elision.spd, elision.spd.runtimes.vllm, elision.spd.runtimes.transformers
+print("imported")
+"""
+    absent = ["peft", "accelerate", "datasets", "pydantic", "matplotlib"]
+    assert run(script.format(absent=absent)).strip() == "imported"

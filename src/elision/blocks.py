@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -83,6 +82,8 @@ def matrix(base: nn.Module) -> Tensor:
     module: Any = base
     if quantised(base) is None:
         return module.weight
+    from peft.utils.integrations import dequantize_module_weight  # not at import: a serving process has no PEFT
+
     return dequantize_module_weight(module).detach().reshape(module.out_features, module.in_features)
 
 
