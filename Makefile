@@ -11,7 +11,7 @@ export PYTHON
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: setup ## both methods on the embedded model, some nine minutes; ends in runs/demo/report.html
+demo: setup ## both methods on the embedded model, some ten minutes; ends in runs/demo/report.html
 	$(BIN)/elision demo
 
 test: setup-dev ## the whole test suite

@@ -59,7 +59,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of data order, adapters and controls.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Torch's threads; by default torch decides.")] = None,
 ) -> None:
-    """Run both methods on the embedded model and write a report page, in less than ten minutes on two cores."""
+    """Run both methods on the embedded model and write a report page, in about ten minutes on two cores."""
     from elision.demo import run
 
     run(out=out, seed=seed, threads=threads)
