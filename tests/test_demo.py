@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from elision import demo
+from elision import demo, runs
 from elision.errors import InputError
 
 SMALL = """
@@ -67,6 +67,13 @@ def test_a_demo_killed_in_training_and_in_calibration_ends_as_if_it_had_not_been
     said = finish(start(killed))
     assert "done before" in said
     assert numbers(killed) == numbers(straight)
+    for name in ("config.yaml", "run.json"):
+        assert (killed / name).read_bytes() == (straight / name).read_bytes()
+    stages = [sorted(path.stem for path in (out / "stages").iterdir()) for out in (killed, straight)]
+    for out, names in zip((killed, straight), stages, strict=True):
+        metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert sorted({row["stage"] for row in metrics}) == names
+        assert (out / "log.txt").read_text().splitlines()[-1].endswith(" done")
 
     results = numbers(straight)
     variants = {variant["name"]: variant for variant in results["finetune"]["variants"]}
@@ -79,7 +86,9 @@ def test_a_demo_killed_in_training_and_in_calibration_ends_as_if_it_had_not_been
 
 
 def test_results_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text('{"seed": 7}')
-    with pytest.raises(InputError, match=r"settings\.json belongs to a run with other settings: give another --out"):
-        demo.run(tmp_path, seed=0)
-    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+    with runs.opened(tmp_path / "run", "demo", {"seed": 7}):
+        pass
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(InputError, match="was begun with seed 7, now it is 0: give another directory"):
+        demo.run(tmp_path / "run", seed=0)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before

@@ -96,8 +96,7 @@ def measure(
     if dry:
         return show({"rows": rows, "memory_mb": 2.5}, as_json)
     with run_directory(ctx, run) as kept:
-        if kept is not None:
-            kept.metric(rows=rows)
+        kept.metric(rows=rows)
     return show({"model": model}, as_json, f"measured {model}")
 
 
@@ -109,7 +108,7 @@ def test_a_command_in_its_run_directory(tmp_path: Path) -> None:
     assert (place / "metrics.jsonl").read_text() == '{"rows": 5}\n'
     again = CliRunner().invoke(app, ["measure", "--config", str(place / "config.yaml"), "--run", str(place), "--json"])
     assert again.exit_code == 0 and json.loads(again.stdout) == {"model": "reference"}
-    assert (place / "metrics.jsonl").read_text() == '{"rows": 5}\n' * 2
+    assert (place / "metrics.jsonl").read_text() == '{"rows": 5}\n'  # measured again to the same
     other = CliRunner().invoke(
         app, ["measure", "--config", str(place / "config.yaml"), "--run", str(place), "--rows", "6"]
     )
@@ -120,3 +119,23 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["measure", "reference", "--dry-run", "--run", str(tmp_path / "run")])
     assert said.exit_code == 0 and said.stdout.split() == ["rows", "3", "memory", "mb", "2.5"]
     assert not (tmp_path / "run").exists()
+
+
+def test_input_that_is_refused_leaves_the_place_free(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    with pytest.raises(InputError), runs.opened(place, "x", {"drop": 1.5}):
+        raise InputError("drop=1.5 is not a share")
+    assert not place.exists()
+    with pytest.raises(InputError), runs.opened(place, "x", {"drop": 0.5}) as run:
+        run.metric(step=1, loss=2.0)
+        raise InputError("the loss is not finite")
+    assert (place / "metrics.jsonl").exists()  # what was measured is kept
+
+
+def test_a_run_without_a_directory_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = runs.Run(None, {})
+    run.log("nothing")
+    run.metric(step=1)
+    run.finish(training=[])
+    assert run.metrics() == [] and not list(tmp_path.iterdir())

@@ -22,8 +22,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-import elision
-from elision import files
+from elision import files, runs
 from elision.errors import InputError
 from elision.progress import progress
 
@@ -69,66 +68,55 @@ def run(out: Path, seed: int = 0, threads: int | None = None) -> Path:
         "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
     )  # PEFT's, on transformers
     out = Path(out)
-    settings = {
-        "model": "embedded reference model",
-        "seed": seed,
-        "elision": elision.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    _check_settings(out / "settings.json", settings)
-    finetune = _finetune_all(out, seed)
-    spd = [
-        _spd(out, "embedded model", None, seed),
-        _spd(out, "fine-tuned and merged", out / "adapters" / "sparselora", seed),
-    ]
-    settings |= {
-        "threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"elision demo --out {out} --seed {seed}",
-        "seconds": round(sum(files.read_json(p, "stage")["seconds"] for p in (out / "stages").glob("*.json"))),
-    }
-    results = {"title": "elision demo", "settings": settings, "finetune": finetune, "spd": spd}
-    files.write_json(out / "results.json", results)
-    page = report.write(out)
-    for table in report.summary_tables(results):
+    options = {"seed": seed} | ({} if threads is None else {"threads": threads})
+    with runs.opened(out, "demo", options) as kept:
+        finetune = _finetune_all(kept, out, seed)
+        merged = out / "adapters" / "sparselora"
+        spd = [_spd(kept, out, "embedded model", None, seed), _spd(kept, out, "fine-tuned and merged", merged, seed)]
+        seconds = sum(files.read_json(path, "stage")["seconds"] for path in (out / "stages").glob("*.json"))
+        settings = {
+            "model": "embedded reference model",
+            "threads": torch.get_num_threads(),
+            "date": time.strftime("%Y-%m-%d"),
+            "command": f"elision demo --out {out} --seed {seed}",
+            "seconds": round(seconds),
+        }
+        kept.finish(settings, finetune=finetune, spd=spd)
+        page = report.write(out)
+    for table in report.summary_tables(files.read_json(out / "results.json", "results")):
         console.print(table)
     console.print(f"\nThe whole story, with plots: [bold]{page.resolve()}[/bold]", soft_wrap=True)
     return page
 
 
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    if path.exists() and files.read_json(path, "settings") != settings:
-        raise InputError(f"{path} belongs to a run with other settings: give another --out, or remove {path.parent}")
-    if not path.exists():
-        files.write_json(path, settings)
-
-
-def _stage(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of `work`, from disk where it was done before."""
+def _stage(kept: runs.Run, out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of `work`, from disk where it was done before; its numbers are metrics of the run."""
     path = out / "stages" / f"{name}.json"
     if path.exists():
         console.print(f"[dim]{name}: done before[/dim]")
         return files.read_json(path, "stage")["result"]
     started = time.perf_counter()
     result = work()
-    files.write_json(path, {"seconds": time.perf_counter() - started, "result": result})
+    seconds = time.perf_counter() - started
+    kept.metric(stage=name, **{key: value for key, value in result.items() if isinstance(value, int | float)})
+    kept.log(f"{name}: {seconds:.0f} s")
+    files.write_json(path, {"seconds": seconds, "result": result})
     return result
 
 
-def _finetune_all(out: Path, seed: int) -> dict[str, Any]:
+def _finetune_all(kept: runs.Run, out: Path, seed: int) -> dict[str, Any]:
     from elision import data, evaluate
 
     console.rule(f"Fine-tuning on {FAMILY!r}: LoRA, SparseLoRA and its controls")
     test = data.problems((FAMILY,), "test", TEST_PROBLEMS, seed)
     others = [*test[1:], test[0]]
     swapped = [problem.with_facts_of(other) for problem, other in zip(test, others, strict=True)][:SWAPPED_PROBLEMS]
-    base = _stage(out, "base", lambda: _score(None, test, swapped))
+    base = _stage(kept, out, "base", lambda: _score(None, test, swapped))
     variants = []
     for name in VARIANTS:
         slug = name.replace(" ", "-").lower()
-        trained = _stage(out, f"train-{slug}", lambda name=name, slug=slug: _finetune(out, name, slug, seed))
-        scored = _stage(out, f"score-{slug}", lambda slug=slug: _score(out / "adapters" / slug, test, swapped))
+        trained = _stage(kept, out, f"train-{slug}", lambda name=name, slug=slug: _finetune(out, name, slug, seed))
+        scored = _stage(kept, out, f"score-{slug}", lambda slug=slug: _score(out / "adapters" / slug, test, swapped))
         variants.append({"name": name, **trained, **scored})
         console.print(f"{name}: {100 * scored['accuracy']:.1f}% of {len(test)} held-out problems")
     for variant in variants:
@@ -290,7 +278,7 @@ def _text(tokenizer: Any, split: Literal["train", "test"], seed: int) -> list[di
     return data.text_batches(tokenizer, texts, TEXT_TOKENS, limit=TEXT_ROWS)
 
 
-def _spd(out: Path, name: str, adapter: Path | None, seed: int) -> dict[str, Any]:
+def _spd(kept: runs.Run, out: Path, name: str, adapter: Path | None, seed: int) -> dict[str, Any]:
     """Calibrate SPD for each number of ranks and score its drops on text that it was not calibrated on."""
     from peft import PeftModel
 
@@ -321,7 +309,7 @@ def _spd(out: Path, name: str, adapter: Path | None, seed: int) -> dict[str, Any
             "max_loss": MAX_LOSS,
         }
 
-    ranks = [_stage(out, f"spd-{slug}-{n}", lambda n=n: measure(n)) for n in RANKS]
+    ranks = [_stage(kept, out, f"spd-{slug}-{n}", lambda n=n: measure(n)) for n in RANKS]
     return {
         "model": name,
         "text": "the Python standard library, files held out of training and calibration",

@@ -11,7 +11,8 @@
         run.metric(step=10, loss=1.25)
         run.finish(training=[...])
 
-Only the log knows the time of day: the other files of an interrupted and resumed run equal those of one that was not.
+Seeds are options like any other; a command without one draws nothing at random. Only the log knows the time of day:
+the other files of an interrupted and resumed run equal those of one that was not.
 """
 
 from __future__ import annotations
@@ -33,47 +34,72 @@ PACKAGES = ("torch", "transformers", "peft")
 
 
 class Run:
-    """One run's directory. Made by `opened`."""
+    """One run's directory, made by `opened`; without a path, a run that keeps nothing."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
         self.path = path
         self.identity = identity
+        self._measured = set(self._lines())
 
     def log(self, text: str) -> None:
-        """Append a line with the time to log.txt."""
-        self._append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+        """Append lines, each with the time, to log.txt."""
+        for line in text.splitlines():
+            self._append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
     def metric(self, **values: Any) -> None:
-        """Append one object to metrics.jsonl."""
-        self._append("metrics.jsonl", json.dumps(values))
+        """Append one object to metrics.jsonl; what a run of the same command measured to the same numbers is there."""
+        if (line := json.dumps(values)) not in self._measured:
+            self._measured.add(line)
+            self._append("metrics.jsonl", line)
 
     def metrics(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds. Of a step that was measured again after an interruption, the last; no torn line."""
-        path = self.path / "metrics.jsonl"
         rows: dict[Any, dict[str, Any]] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
-            if line.endswith("}"):
-                row = json.loads(line)
-                rows[row.get("step", f"line {number}")] = row
+        for number, line in enumerate(self._lines()):
+            row = json.loads(line)
+            rows[row.get("step", f"line {number}")] = row
         return list(rows.values())
 
-    def finish(self, **sections: Any) -> Path:
-        """Write results.json: `sections` are those of `elision.report.results.Results`."""
+    def finish(self, settings: Mapping[str, Any] | None = None, /, **sections: Any) -> None:
+        """Write results.json: `sections` are those of `elision.report.results.Results`; `settings` join the options."""
+        if self.path is None:
+            return
         command, versions = self.identity["command"], self.identity["versions"]
-        settings = {"command": f"elision {command}", **self.identity["options"], **versions}
-        shown = {name: ", ".join(map(str, v)) if isinstance(v, list) else v for name, v in settings.items()}
-        return files.write_json(
-            self.path / "results.json", {"title": f"elision {command}", "settings": shown, **sections}
-        )
+        told = {"command": f"elision {command}", **self.identity["options"], **versions, **(settings or {})}
+        shown = {name: ", ".join(map(str, v)) if isinstance(v, list) else v for name, v in told.items()}
+        files.write_json(self.path / "results.json", {"title": f"elision {command}", "settings": shown, **sections})
+
+    def callback(self) -> Any:
+        """A TrainerCallback that notes every log of a Trainer as a metric of its step."""
+        from transformers import TrainerCallback
+
+        run = self
+
+        class Metrics(TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+                if state.is_world_process_zero:
+                    run.metric(step=state.global_step, **(logs or {}))
+
+        return Metrics()
+
+    def _lines(self) -> list[str]:
+        """The whole lines of metrics.jsonl."""
+        path = None if self.path is None else self.path / "metrics.jsonl"
+        found = [] if path is None or not path.exists() else path.read_text(encoding="utf-8").splitlines()
+        return [line for line in found if line.endswith("}")]
 
     def _append(self, name: str, line: str) -> None:
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        if self.path is not None:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
 
 
 @contextmanager
 def opened(path: str | Path, command: str, options: Mapping[str, Any]) -> Iterator[Run]:
     """The directory `path`, new or of the same run; notes in its log how the run ended.
+
+    Input that is refused before anything was measured leaves no new directory behind, so that the corrected command
+    finds the place free.
 
     Args:
         path: the directory.
@@ -88,7 +114,8 @@ def opened(path: str | Path, command: str, options: Mapping[str, Any]) -> Iterat
     path = Path(path)
     identity = {"command": command, "options": dict(options), "versions": versions()}
     _check(path, identity)
-    if not (path / "run.json").exists():
+    there, begun = path.exists(), (path / "run.json").exists()
+    if not begun:
         text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
         files.write_text(path / "config.yaml", f"# elision {command} --config config.yaml\n{text}")
         files.write_json(path / "run.json", identity)
@@ -98,6 +125,11 @@ def opened(path: str | Path, command: str, options: Mapping[str, Any]) -> Iterat
         yield run
     except BaseException as error:
         run.log(f"ended by {type(error).__name__}: {' '.join(str(error).split())}")
+        if isinstance(error, InputError) and not begun and not (path / "metrics.jsonl").exists():
+            for name in ("config.yaml", "run.json", "log.txt"):
+                (path / name).unlink()
+            if not there:
+                path.rmdir()
         raise
     run.log("done")
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from elision import reference_model
+from elision import reference_model, report
 from elision.cli import app
 from elision.sparselora import SparsityPlan
 from tests.sparselora import tiny
@@ -58,7 +58,12 @@ def test_presets_and_bench(model: Path) -> None:
     assert "ffn 99% in 3-30" in said
     code, said, _ = run("bench", model, "--data", model / "data.json", "--sparsity", 0.5, "--turns", 1, "--json")
     values = json.loads(said)
-    assert code == 0 and values["sparse + lossless, seconds a step"] > 0 and "dense + lossless, over LoRA" in values
+    variants = [row["variant"] for row in values["rows"]]
+    assert code == 0 and variants == ["LoRA", "dense + lossless", "sparse + lossless"]
+    ideals = [row["ideal"] for row in values["rows"]]
+    assert ideals[0] == 1 < ideals[1] < ideals[2] and all(row["step_ms"] > 0 for row in values["rows"])
+    (model / "bench.json").write_text(said)
+    assert "milliseconds" in report.write(model / "bench.json", model / "page").read_text()
 
 
 @pytest.mark.parametrize(

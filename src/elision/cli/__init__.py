@@ -8,6 +8,8 @@ that `--help` and `--version` answer at once.
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +17,7 @@ import typer
 
 import elision
 from elision.cli import sparselora, spd
-from elision.cli.common import Commands
+from elision.cli.common import Commands, Json, show
 from elision.cli.evaluate import evaluate
 from elision.cli.inspection import inspect
 from elision.cli.report import report
@@ -58,8 +60,17 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory of the results; a rerun resumes there.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of data order, adapters and controls.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Torch's threads; by default torch decides.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Run both methods on the embedded model and write a report page, in about ten minutes on two cores."""
+    """Run both methods on the embedded model and write a report page, in about ten minutes on two cores.
+
+    LoRA, SparseLoRA and two controls learn word problems that the model has
+    never seen; then syncs are dropped for 2, 4 and 8 ranks. Nothing is
+    downloaded. Interrupt it as you like: the same command goes on.
+    """
     from elision.demo import run
 
-    run(out=out, seed=seed, threads=threads)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        page = run(out=out, seed=seed, threads=threads)
+    if as_json:
+        show({"report": str(page)}, as_json)

@@ -8,13 +8,15 @@ A command declares only what is its own:
         if dry:
             return show({"seconds": 40, "memory_mb": 900}, as_json)
         with run_directory(ctx, run) as kept:
-            ...
+            kept.metric(step=1, loss=2.5)    # keeps nothing where --run was not given
+            kept.finish(training=[...])
         show({"perplexity": 3.2}, as_json, "perplexity 3.2")
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +60,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, what it takes and what it gains; write nothing.")
 ]
+Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")]
 RunDirectory = Annotated[
     Path | None,
     typer.Option("--run", metavar="DIR", help="Directory that keeps options, versions, log, metrics and results."),
@@ -96,13 +99,19 @@ def show(values: Mapping[str, Any], as_json: bool, text: Any = None) -> None:
         Console(markup=False, highlight=False).print(text)
 
 
+def tell(run: Run, text: str, as_json: bool) -> None:
+    """Say `text` ahead of the answer, on the error stream where that is JSON, and note it in the run's log."""
+    typer.echo(text, err=as_json)
+    run.log(text)
+
+
 @contextmanager
-def run_directory(ctx: typer.Context, path: Path | None) -> Iterator[Run | None]:
-    """The run directory of a command that was given `--run`; None where it was not."""
+def run_directory(ctx: typer.Context, path: Path | None) -> Iterator[Run]:
+    """The directory that `--run` named, else a run that keeps nothing; under torchrun rank 0 alone keeps one."""
     from elision import runs
 
-    if path is None:
-        yield None
+    if path is None or os.environ.get("RANK", "0") != "0":
+        yield runs.Run(None, {})
         return
     command = ctx.command_path.partition(" ")[2]
     with runs.opened(path, command, config.options(ctx)) as run:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elision.cli.common import DryRun, Json, Model, Rows, RunDirectory, Tokens, load, run_directory, show
+from elision.cli.common import DryRun, Dtype, Json, Model, Rows, RunDirectory, Tokens, load, run_directory, show
 from elision.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def evaluate(
     answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer to --data at most.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Rows, problems or documents at once.")] = 8,
     include: Annotated[Path | None, typer.Option(help="Directory with .yaml task files of yours.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = "float32",
     run: RunDirectory = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -79,10 +79,9 @@ def evaluate(
                 found += _answers(changed, base, tokenizer, examples, answer_tokens, batch)
             if tasks:
                 found += _tasks(changed, base, tokenizer, tasks, limit, batch, shots, include)
-            if kept is not None:
-                for row in found:
-                    kept.metric(**row)
-                kept.finish(evaluation=found)
+            for row in found:
+                kept.metric(**row)
+            kept.finish(evaluation=found)
     first = next((row for row in found if row["metric"] == "perplexity"), None)
     summary = {} if first is None else {"perplexity": first["value"], "tokens": first["count"]}
     show({**summary, "scores": found}, as_json, _lines(found))
@@ -192,10 +191,11 @@ def _estimate(model: Any, base: Any, batches: Any, examples: Any, tasks: Any) ->
     import time
 
     from elision import evaluate
+    from elision.cli.estimates import weights_mb
 
     models = [model] if base is None else [model, base]
     found: dict[str, Any] = {"models": len(models)}
-    found["weights_mb"] = round(sum(p.numel() * p.element_size() for m in models for p in m.parameters()) / 2**20, 1)
+    found["weights_mb"] = weights_mb(models)
     if batches is not None:
         started = time.perf_counter()
         evaluate.loss(model, [{name: value[:1] for name, value in batches[0].items()}])

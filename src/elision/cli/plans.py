@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elision.cli.common import Model, load, show
+from elision.cli.common import DryRun, Dtype, Json, Model, RunDirectory, load, run_directory, show, tell
+from elision.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from elision.sparselora import SparsityPlan
 
-Data = Annotated[Path, typer.Option(help=".json or .jsonl of prompts and answers.")]
+Data = Annotated[
+    Path, typer.Option(help="Prompts and answers: .jsonl with one object a line, or .json with a list of them.")
+]
 Rows = Annotated[int, typer.Option(min=1, help="Rows of the data at most, evenly spaced.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens a row at most.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
 def calibrate(
+    ctx: typer.Context,
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(help="Where the plan goes; what was measured is kept beside it.")],
@@ -38,11 +40,27 @@ def calibrate(
     batch: Batch = 8,
     max_length: Length = 512,
     dtype: Dtype = "float32",
-    stream: Annotated[bool, typer.Option(help="Leave the layers on disk: for models larger than memory.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Leave the layers on disk: for models larger than memory.")
+    ] = False,
+    run: RunDirectory = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
-    """Measure on your data what each layer can spare, and plan within one budget; a rerun resumes."""
+    """Measure on your data what each layer can spare, and plan within one budget; a rerun resumes.
+
+    The plan says, layer by layer, which share of the channels context tokens
+    skip. Give one budget: --flops, --time or --max-loss (one percent where none
+    is given). --dry-run says how long measuring takes, and what the data leaves
+    to gain at most.
+
+    \b
+    Examples:
+      elision sparselora calibrate reference --data pairs.jsonl --flops 0.6 --out plan.json
+      elision sparselora calibrate ./model --data pairs.jsonl --max-loss 0.01 --out plan.json --run runs/plan
+    """
     from elision import sparselora
-    from elision.errors import InputError
+    from elision.report import sources
 
     if stream and (adapter is not None or time is not None):
         raise InputError("--stream goes without --adapter and --time: a model on disk cannot be trained")
@@ -54,26 +72,47 @@ def calibrate(
 
         loaded = add_adapter(loaded, Settings(steps=1))
     settings: dict[str, Any] = {"dense_steps": dense_steps} | ({} if selection is None else {"selection": selection})
-    if selection == "whitened":
-        factors = sparselora.Factors.whitened(loaded, batches)
-        typer.echo(f"factors: {factors.save(out.with_suffix('.factors'))}")
-        settings["factors"] = factors
-    journal = out.with_name(f"{out.name}.journal")
-    plan = sparselora.calibrate(loaded, batches, flops=flops, time=time, max_loss=max_loss, state=journal, **settings)
-    plan.save(out)
-    found = plan.calibration
-    assert found is not None
-    typer.echo(plan.describe())
-    typer.echo(
+    if dry_run:
+        from elision.cli import estimates
+
+        return show(estimates.sparsity_calibration(loaded, batches, flops or time, settings), as_json)
+    with run_directory(ctx, run) as kept:
+        if selection == "whitened":
+            factors = sparselora.Factors.whitened(loaded, batches)
+            tell(kept, f"factors: {factors.save(out.with_suffix('.factors'))}", as_json)
+            settings["factors"] = factors
+        journal = out.with_name(f"{out.name}.journal")
+        plan = sparselora.calibrate(
+            loaded, batches, flops=flops, time=time, max_loss=max_loss, state=journal, **settings
+        )
+        plan.save(out)
+        found, told = plan.calibration, sparselora.forecast(loaded, batches, plan)
+        assert found is not None
+        for part in ("ffn", "qk", "vo"):
+            for layer, curve in enumerate(getattr(found, part)):
+                for sparsity, increase in zip(found.grid, curve, strict=True):
+                    kept.metric(part=part, layer=layer, sparsity=sparsity, increase=increase)
+        kept.metric(loss=found.loss, expected=found.expected_increase, measured=found.measured_increase)
+        kept.finish(**sources.of_plan(plan.to_dict(), out.stem))
+    values = {"plan": str(out), "loss": found.loss, "measured_increase": found.measured_increase}
+    values |= {"expected_increase": found.expected_increase, "flops": dict(told.flops), "speedup": told.speedup}
+    lines = [
+        plan.describe(),
         f"loss {found.loss:.4f} per output token, {found.measured_increase:+.4f} under the plan "
-        f"({found.expected_increase:+.4f} by the curves)"
-    )
-    typer.echo(sparselora.forecast(loaded, batches, plan).line())
-    typer.echo(f"plan: {out}")
+        f"({found.expected_increase:+.4f} by the curves)",
+        told.line(),
+        f"plan: {out}",
+    ]
+    show(values, as_json, "\n".join(lines))
 
 
 def presets(as_json: Json = False) -> None:
-    """List the paper's plans; `--plan NAME` of the other commands takes them."""
+    """List the paper's plans; `--plan NAME` of the other commands takes them.
+
+    \b
+    Example:
+      elision sparselora train ./llama-3-8b --data pairs.jsonl --plan llama3-8b/math10k --out adapter
+    """
     from elision.sparselora import SparsityPlan, presets
 
     plans = {name: SparsityPlan.preset(name) for name in presets.names()}
@@ -81,6 +120,7 @@ def presets(as_json: Json = False) -> None:
 
 
 def bench(
+    ctx: typer.Context,
     model: Model,
     data: Data,
     plan: Annotated[str | None, typer.Option(help="File of a plan, or a preset's name.")] = None,
@@ -90,11 +130,22 @@ def bench(
     batch: Batch = 8,
     max_length: Length = 512,
     dtype: Dtype = "float32",
+    run: RunDirectory = None,
     as_json: Json = False,
 ) -> None:
-    """Time real fine-tuning steps on your data: LoRA, LoRA without what is lossless to leave out, and the plan."""
-    from elision.errors import InputError
+    """Time real fine-tuning steps on your data: LoRA, LoRA without what is lossless to leave out, and the plan.
+
+    Beside each speedup stands what the counted operations alone would allow.
+    `elision report` draws what --json prints.
+
+    \b
+    Example:
+      elision sparselora bench reference --data pairs.jsonl --sparsity 0.75
+    """
+    from rich.table import Table
+
     from elision.sparselora import SparsityPlan, forecast
+    from elision.sparselora.forecasts import ideals
     from elision.sparselora.stopwatch import measure
     from elision.sparselora.train import Settings, add_adapter
 
@@ -105,10 +156,30 @@ def bench(
     wanted = known or SparsityPlan.uniform(loaded, sparsity or 0.0)
     loaded = add_adapter(loaded, Settings(steps=1))
     told = forecast(loaded, batches, wanted)
-    found = measure(loaded, batches, wanted, turns)
-    values = {"forecast": told.line(), **{f"{name}, seconds a step": round(s, 4) for name, s in found.items()}}
-    over = {f"{name}, over LoRA": round(found["LoRA"] / s, 3) for name, s in found.items() if name != "LoRA"}
-    show(values | over, as_json)
+    with run_directory(ctx, run) as kept:
+        took, allowed = measure(loaded, batches, wanted, turns), ideals(loaded, batches, wanted)
+        shape, base = f"{model}, batch {batch}", took["LoRA"]
+        steps = [
+            {
+                "variant": name,
+                "shape": shape,
+                "output_share": told.output_share,
+                "device": loaded.device.type,
+                "step_ms": 1e3 * seconds,
+                "speedup": base / seconds,
+                "ideal": allowed[name],
+            }
+            for name, seconds in took.items()
+        ]
+        for row in steps:
+            kept.metric(**row)
+        kept.finish({"forecast": told.line()}, steps=steps)
+    table = Table(title=shape, title_justify="left", caption=told.line(), caption_justify="left")
+    for head in ("variant", "a step, ms", "over LoRA", "ideal"):
+        table.add_column(head, justify="left" if head == "variant" else "right")
+    for row in steps:
+        table.add_row(row["variant"], f"{row['step_ms']:.4g}", f"{row['speedup']:.2f}x", f"{row['ideal']:.2f}x")
+    show({"benchmark": "elision sparselora bench", "forecast": told.line(), "rows": steps}, as_json, table)
 
 
 def named_plan(name: str) -> SparsityPlan:
@@ -138,8 +209,6 @@ def _load(
 def _with_adapter(model: Any, path: Path) -> Any:
     """`model` with the adapter of `path` beside it, unmerged: its branch stays dense while the base is sparse."""
     from peft import PeftModel
-
-    from elision.errors import InputError
 
     if not (path / "adapter_config.json").is_file():
         raise InputError(f"adapter {path} holds no adapter_config.json: give the directory of a PEFT adapter")

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from elision.cli import plans
-from elision.cli.common import Commands, Model, load
+from elision.cli.common import Commands, DryRun, Dtype, Json, Model, RunDirectory, load, run_directory, show, tell
+from elision.errors import InputError
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, help="Fine-tune with contextual sparsity.")
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    help="""Fine-tune with contextual sparsity (SparseLoRA).
+
+    LoRA spends its time in frozen weights. SparseLoRA computes only those of
+    their channels that a batch's prompts need; answers and the adapter stay
+    dense. What comes out is an ordinary PEFT adapter.
+
+    \b
+    In this order:
+      bench      what it would gain on your data, timed
+      calibrate  a plan: what each layer can spare on your data
+      train      the adapter, by that plan
+    """,
+)
 app.command()(plans.calibrate)
 app.command()(plans.presets)
 app.command()(plans.bench)
@@ -18,8 +36,9 @@ app.command()(plans.bench)
 
 @app.command()
 def train(
+    ctx: typer.Context,
     model: Model,
-    data: Annotated[Path, typer.Option(help=".json or .jsonl of prompts and answers.")],
+    data: plans.Data,
     out: Annotated[Path, typer.Option(help="Directory of the PEFT adapter; a rerun resumes.")],
     plan: Annotated[str | None, typer.Option(help="File of the SparsityPlan to train by, or a preset's name.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="One sparsity for all layers instead; 0 is LoRA.")] = None,
@@ -27,25 +46,42 @@ def train(
     batch: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Peak; cosine schedule with 4% warmup.")] = 3e-4,
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank; alpha is twice that.")] = 32,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens a row at most.")] = 512,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    max_length: plans.Length = 512,
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Of adapter and data order.")] = 0,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb or trackio, where installed; may be repeated.")
+    ] = None,
+    run: RunDirectory = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
-    """Fine-tune with SparseLoRA; what comes out is an ordinary PEFT adapter."""
+    """Fine-tune with SparseLoRA; what comes out is an ordinary PEFT adapter.
+
+    Tells the expected speedup before the first step. --dry-run times one step
+    and says how long all of them would take, in how much memory. A killed run
+    goes on when the same command is run again.
+
+    \b
+    Examples:
+      elision sparselora train reference --data pairs.jsonl --sparsity 0.75 --out adapter
+      elision sparselora train ./model --data pairs.jsonl --plan plan.json --out adapter --run runs/sparse
+      elision sparselora train ./model --data pairs.jsonl --sparsity 0 --out lora --run runs/lora
+    """
     from elision.data import collate, encode, load_examples
-    from elision.errors import InputError
+    from elision.report import sources
     from elision.sparselora import SparsityPlan, forecast
-    from elision.sparselora.train import Settings, add_adapter
-    from elision.sparselora.train import train as run
+    from elision.sparselora import train as training
 
     if (plan is None) == (sparsity is None):
         raise InputError("give either --plan or --sparsity: one of them says what to leave out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not empty: give a new directory")
+    training.reporters(report_to or ())
     examples = load_examples(data)
-    loaded_plan = None if plan is None else plans.named_plan(plan)
+    wanted = None if plan is None else plans.named_plan(plan)
     loaded, tokenizer = load(model, dtype)
-    settings = Settings(
+    settings = training.Settings(
         steps=max(1, round(epochs * len(examples) / batch)),
         batch=batch,
         learning_rate=learning_rate,
@@ -53,12 +89,36 @@ def train(
         max_length=max_length,
         seed=seed,
     )
-    if loaded_plan is None and sparsity:
-        loaded_plan = SparsityPlan.uniform(loaded, sparsity)
-    adapted = add_adapter(loaded, settings)
-    if loaded_plan is not None:
-        rows = encode(tokenizer, examples[:: max(1, len(examples) // 64)], max_length)
-        sample = [collate(rows[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(rows), batch)]
-        typer.echo(forecast(adapted, sample, loaded_plan).line())
-    run(adapted, tokenizer, examples, loaded_plan, out, settings)
-    typer.echo(f"adapter: {out}")
+    if wanted is None and sparsity:
+        wanted = SparsityPlan.uniform(loaded, sparsity)
+    adapted = training.add_adapter(loaded, settings)
+    rows = encode(tokenizer, examples[:: max(1, len(examples) // 64)], max_length)
+    sample = [collate(rows[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(rows), batch)]
+    if dry_run:
+        from elision.cli import estimates
+
+        return show(estimates.fine_tuning(adapted, sample, wanted, settings.steps), as_json)
+    told = None if wanted is None else forecast(adapted, sample, wanted)
+    with run_directory(ctx, run) as kept:
+        if wanted is not None and told is not None:
+            tell(kept, f"{wanted.describe()}\n{told.line()}", as_json)
+        with redirect_stdout(sys.stderr):  # the Trainer's own lines
+            log = training.train(
+                adapted,
+                tokenizer,
+                examples,
+                wanted,
+                out,
+                settings,
+                callbacks=[kept.callback()],
+                report_to=report_to or (),
+                boards=None if kept.path is None else kept.path / "tensorboard",
+            )
+        losses = [[row["step"], row["loss"]] for row in log]
+        found = {"name": "LoRA" if told is None else "SparseLoRA", "losses": losses}
+        found |= {} if told is None else {"flops_ratio": told.flops["full"]}
+        name = "one sparsity" if plan is None else Path(plan).stem
+        shown = {} if wanted is None else sources.of_plan(wanted.to_dict(), name)
+        kept.finish({} if told is None else {"forecast": told.line()}, training=[found], **shown)
+    values = {"adapter": str(out), "steps": settings.steps, "loss": log[-1]["loss"] if log else None}
+    show(values, as_json, f"adapter: {out}")

@@ -8,13 +8,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elision.cli import spd_plan
-from elision.cli.common import Commands, Json, Model, show
+from elision.cli.common import Commands, Json, Model, RunDirectory, run_directory, show
 from elision.errors import InputError
 
 if TYPE_CHECKING:
     from elision.spd import SyncPlan
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, help="Drop the syncs that tensor parallelism can spare.")
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    help="""Drop the syncs that tensor parallelism can spare (SPD, Sync-Point Drop).
+
+    A tensor-parallel block synchronises its devices twice. Where the model can
+    spare it, the first sync goes, and each step waits less for the links.
+
+    \b
+    In this order:
+      probe      what a sync costs on your links
+      calibrate  a plan: which blocks can go without, on your text
+      heal       a checkpoint that has learned to do without them
+      generate   text from it, on several ranks
+      bench      what the plan saves there, timed
+    """,
+)
 app.command()(spd_plan.calibrate)
 app.command()(spd_plan.heal)
 
@@ -25,6 +41,7 @@ Weights = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat
 
 @app.command()
 def generate(
+    ctx: typer.Context,
     model: Model,
     prompt: Annotated[list[str], typer.Option(help="Text to go on from; may be given several times.")],
     plan: Plan = None,
@@ -34,9 +51,19 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     dtype: Weights = "auto",
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that a rank waits for another in a sync.")] = 10.0,
+    run: RunDirectory = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text on tensor-parallel ranks under a plan; the ranks are started on this machine."""
+    """Generate text on tensor-parallel ranks under a plan; the ranks are started on this machine.
+
+    A checkpoint that `elision spd heal` wrote carries its plan. Under torchrun
+    the ranks that it started are used, on several machines too.
+
+    \b
+    Examples:
+      elision spd generate model-spd --prompt "def add(a, b):" --new-tokens 32
+      elision spd generate reference --plan plan.json --prompt "def add(a, b):"
+    """
     from elision.loading import load_tokenizer
     from elision.spd.runtimes import tasks
 
@@ -49,15 +76,21 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0, "seed": seed}
     options |= {"temperature": temperature} if temperature else {}
     inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
-    out = _launch(chosen.ranks, tasks.generate, model, chosen, inputs, options, dtype, timeout)
-    if out is not None:
+    with run_directory(ctx, run) as kept:
+        out = _launch(chosen.ranks, tasks.generate, model, chosen, inputs, options, dtype, timeout)
+        if out is None:
+            return
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for text in texts:
+            kept.metric(text=text)
+        kept.finish({"dropped": list(chosen.dropped)})
         values = {"ranks": chosen.ranks, "dropped": list(chosen.dropped), "texts": texts}
         show(values, as_json, "\n---\n".join(p + t for p, t in zip(prompt, texts, strict=True)))
 
 
 @app.command()
 def bench(
+    ctx: typer.Context,
     model: Model,
     plan: Plan = None,
     ranks: Ranks = None,
@@ -66,19 +99,39 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after the first prompt.")] = 16,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each variant.")] = 5,
     dtype: Weights = "auto",
+    run: RunDirectory = None,
     as_json: Json = False,
 ) -> None:
-    """Time all syncs, the plan and all syncs dropped, in turns, on ranks that are started on this machine."""
+    """Time all syncs, the plan and all syncs dropped, in turns, on ranks that are started on this machine.
+
+    Beside each time stands the ideal: the time with all syncs less what the
+    dropped ones cost alone. `elision report` draws what --json prints.
+
+    \b
+    Example:
+      elision spd bench model-spd --batch 1 --batch 8 --prompt-tokens 512
+    """
     from rich.table import Table
 
+    from elision.report import sources
     from elision.spd.runtimes import tasks
     from elision.spd.runtimes.latency import Workload
 
     chosen = _plan(model, plan, ranks, dtype)
     work = [Workload(rows, prompt_tokens[0], new_tokens) for rows in batch] + [Workload(1, n) for n in prompt_tokens]
-    rows = _launch(chosen.ranks, tasks.bench, model, chosen, work, turns, dtype)
-    if rows is None:
-        return
+    with run_directory(ctx, run) as kept:
+        rows = _launch(chosen.ranks, tasks.bench, model, chosen, work, turns, dtype)
+        if rows is None:
+            return
+        for row in rows:
+            kept.metric(**row)
+        values = {
+            "benchmark": "elision spd bench",
+            "ranks": chosen.ranks,
+            "dropped": list(chosen.dropped),
+            "rows": rows,
+        }
+        kept.finish(**sources.of_benchmark(values))
     table = Table(title=f"{model}, {chosen.ranks} ranks")
     for head in ("workload", "variant", "ms", "saved", "one all-reduce, ms", "ideal, ms", "model, ms"):
         table.add_column(head, justify="left" if head in ("workload", "variant") else "right")
@@ -86,25 +139,40 @@ def bench(
         numbers = (row["all_reduce_ms"], row["ideal_ms"], row["model_ms"])
         cells = ("" if n is None else f"{n:.3g}" for n in numbers)
         table.add_row(row["workload"], row["variant"], f"{row['ms']:.3g}", f"{row['saved']:.1%}", *cells)
-    show({"ranks": chosen.ranks, "dropped": list(chosen.dropped), "rows": rows}, as_json, table)
+    show(values, as_json, table)
 
 
 @app.command()
 def probe(
+    ctx: typer.Context,
     ranks: Annotated[int, typer.Option(min=2, help="Ranks on this machine; under torchrun its own number counts.")] = 2,
     turns: Annotated[int, typer.Option(min=3, help="All-reduces of each size.")] = 50,
     out: Annotated[Path | None, typer.Option(help="File for alpha and beta, as JSON.")] = None,
+    run: RunDirectory = None,
     as_json: Json = False,
 ) -> None:
-    """Measure alpha and beta of the links between ranks: what an all-reduce costs here, at any size."""
+    """Measure alpha and beta of the links between ranks: what an all-reduce costs here, at any size.
+
+    alpha is the time of an all-reduce of next to nothing, 1 / beta the rate at
+    which bytes leave a rank. `elision spd calibrate --probe` plans with them.
+
+    \b
+    Examples:
+      elision spd probe --ranks 2 --out probe.json
+      torchrun --nnodes 2 --nproc-per-node 4 ... --no-python elision spd probe --out probe.json
+    """
     from rich.table import Table
 
     from elision import files
     from elision.spd.runtimes import tasks
 
-    found = _launch(ranks, tasks.probe, turns)
-    if found is None:
-        return
+    with run_directory(ctx, run) as kept:
+        found = _launch(ranks, tasks.probe, turns)
+        if found is None:
+            return
+        for row in found["all_reduces"]:
+            kept.metric(**row)
+        kept.finish(links=[found])
     if out is not None:
         files.write_json(out, found)
     rate = 1e-9 / found["beta"] if found["beta"] else float("inf")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from elision.cli.common import Json, Model, Rows, Text, Tokens, load, show
+from elision.cli.common import DryRun, Dtype, Json, Model, Rows, RunDirectory, Text, Tokens, load, run_directory, show
 from elision.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ HeldOut = Annotated[
 
 
 def calibrate(
+    ctx: typer.Context,
     model: Model,
     text: Text,
     ranks: Annotated[list[int], typer.Option(min=1, help="Tensor-parallel ranks that will serve; may be repeated.")],
@@ -43,13 +44,27 @@ def calibrate(
     step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of such a step: rows decoded at once.")] = 1,
     held_out: HeldOut = None,
     stream: Annotated[bool, typer.Option("--stream", help="Read weights block by block: for large models.")] = False,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = "float32",
     rows: Rows = 32,
     tokens: Tokens = 512,
+    run: RunDirectory = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Measure what each dropped sync costs on text, and write the plan that the limit allows; a rerun resumes."""
+    """Measure what each dropped sync costs on text, and write the plan that the limit allows; a rerun resumes.
+
+    This one process computes what the ranks would, so nothing needs several
+    devices yet. Give one limit (--max-loss, --max-kl, --drop or --tiers); one
+    percent of perplexity where none is given. --dry-run says how long it takes.
+
+    \b
+    Examples:
+      elision spd calibrate reference --text notes.txt --ranks 4 --out plan.json
+      elision spd calibrate ./model --text notes.txt --ranks 8 --max-loss 0.02 --healing --out plan.json
+      elision spd calibrate ./model --text notes.txt --ranks 8 --probe probe.json --step-ms 12 --out plan.json
+    """
     from elision import spd
+    from elision.report import sources
     from elision.spd.calibration import Limit
 
     limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing)
@@ -57,24 +72,41 @@ def calibrate(
     workload = _workload(loaded, ranks, probe, alpha, beta, step_ms, step_tokens)
     batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
     if workload is not None and (reason := workload.refusal()):
-        return show({"plan": None, "verdict": reason}, as_json, reason)
-    made = spd.calibrations(
-        loaded,
-        batches,
-        ranks,
-        limit,
-        method=method,
-        workload=workload,
-        held_out=apart,
-        state=out.with_name(f"{out.name}.journal"),
-    )
-    for plan in made:
-        path = out if len(made) == 1 else out.with_name(f"{out.stem}-{plan.ranks}{out.suffix}")
-        plan.save(path)
-        show({"plan": str(path), **_summary(plan)}, as_json, f"{_said(plan)}: {path}")
+        return show({"plans": [], "verdict": reason}, as_json, reason)
+    if dry_run:
+        from elision.cli import estimates
+
+        return show(estimates.sync_calibration(loaded, batches, apart, ranks, method, workload), as_json)
+    with run_directory(ctx, run) as kept:
+        made = spd.calibrations(
+            loaded,
+            batches,
+            ranks,
+            limit,
+            method=method,
+            workload=workload,
+            held_out=apart,
+            state=out.with_name(f"{out.name}.journal"),
+        )
+        paths = [out if len(made) == 1 else out.with_name(f"{out.stem}-{n.ranks}{out.suffix}") for n in made]
+        sections: dict[str, list[Any]] = {}
+        for plan, path in zip(made, paths, strict=True):
+            plan.save(path)
+            assert plan.calibration is not None
+            for block, sensitivity in enumerate(plan.calibration.sensitivities):
+                kept.metric(ranks=plan.ranks, block=block, sensitivity=sensitivity)
+            for count, perplexity in enumerate(plan.calibration.perplexities):
+                kept.metric(ranks=plan.ranks, dropped=count, perplexity=perplexity)
+            for name, parts in sources.of_plan(plan.to_dict(), path.stem).items():
+                sections.setdefault(name, []).extend(parts)
+        kept.finish({}, **sections)
+    values = [{"plan": str(path), **_summary(plan)} for plan, path in zip(made, paths, strict=True)]
+    lines = [f"{_said(plan)}: {path}" for plan, path in zip(made, paths, strict=True)]
+    show({"plans": values}, as_json, "\n".join(lines))
 
 
 def heal(
+    ctx: typer.Context,
     model: Model,
     plan: Annotated[Path, typer.Option(help="What `spd calibrate` wrote.")],
     text: Text,
@@ -86,13 +118,25 @@ def heal(
     lora: Annotated[int, typer.Option(min=0, help="Train matrices in this rank only; 0: in full.")] = 0,
     polish: Annotated[int, typer.Option(min=0, help="Epochs of all healed blocks together at the end.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the batches' order.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = "float32",
     rows: Rows = 128,
     tokens: Tokens = 512,
+    run: RunDirectory = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Distil what the plan's blocks lost with their syncs, and write a checkpoint that carries the plan."""
+    """Distil what the plan's blocks lost with their syncs, and write a checkpoint that carries the plan.
+
+    Each block learns, one after another, to put out what it did with its sync
+    in place; a killed run goes on after its last whole block. The checkpoint
+    serves with vLLM or `elision spd generate`, on the plan's number of ranks.
+
+    \b
+    Example:
+      elision spd heal ./model --plan plan.json --text notes.txt --out model-spd
+    """
     from elision import spd
+    from elision.report import sources
     from elision.spd.artifact import check_replaceable
 
     planned = spd.SyncPlan.load(plan)
@@ -100,12 +144,20 @@ def heal(
     check_replaceable(out)
     loaded, tokenizer = _open(model, dtype, stream=False)
     batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
+    if dry_run:
+        from elision.cli import estimates
+
+        return show(estimates.healing(loaded, planned, batches, apart, recipe), as_json)
     state = out.with_name(f".{out.name}.healing")
-    healed = spd.carry_out(loaded, planned, batches, held_out=apart, recipe=recipe, state=state)
-    files = " ".join(f"--text {path}" for path in text)
-    command = f"elision spd heal {model} --plan {plan} {files} --rows {rows} --tokens {tokens} --out {out}"
-    spd.save(healed.model, healed.plan, out, tokenizer, command=command)
-    shutil.rmtree(state, ignore_errors=True)
+    with run_directory(ctx, run) as kept:
+        healed = spd.carry_out(loaded, planned, batches, held_out=apart, recipe=recipe, state=state)
+        files = " ".join(f"--text {path}" for path in text)
+        command = f"elision spd heal {model} --plan {plan} {files} --rows {rows} --tokens {tokens} --out {out}"
+        spd.save(healed.model, healed.plan, out, tokenizer, command=command)
+        shutil.rmtree(state, ignore_errors=True)
+        if (found := healed.plan.verified) is not None:
+            kept.metric(dense=found.dense, zero_shot=found.zero_shot, planned=found.planned, recovery=found.recovery)
+        kept.finish(**sources.of_plan(healed.plan.to_dict(), out.name))
     show({"checkpoint": str(out), **_summary(healed.plan)}, as_json, f"{_said(healed.plan)}: {out}")
 
 

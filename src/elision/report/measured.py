@@ -17,6 +17,7 @@ from elision.report.results import (
     TIERS,
     Latency,
     LayerSensitivity,
+    Links,
     Measure,
     StepTime,
     Tradeoff,
@@ -291,6 +292,33 @@ def latencies(rows: Sequence[Latency], name: str, title: str) -> Plot:
         figure=figure,
         header=("phase", "link", "ranks", "variant", "ms", "ideal_ms"),
         rows=[(r.phase, r.link, r.ranks, r.variant, r.ms, r.ideal_ms) for r in rows],
+    )
+
+
+def all_reduces(is_: Links, name: str) -> Plot:
+    """Microseconds of an all-reduce against its bytes, timed and as alpha and beta have it."""
+    rows = sorted(is_.all_reduces, key=lambda row: row.bytes)
+    sizes = [row.bytes for row in rows]
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = panels(1, 3.2)
+        axis.plot(sizes, [1e6 * row.fitted for row in rows], color=MUTED, linestyle=DASHED, label="alpha and beta")
+        axis.plot(sizes, [1e6 * row.seconds for row in rows], "o", color=BLUE, label="timed")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_title("An all-reduce, microseconds")
+        axis.set_xlabel("bytes a rank")
+        axis.legend(loc="upper left")
+    return Plot(
+        name=name,
+        title=f"What a sync costs, {is_.name}",
+        caption="A decoded token's sync is at the left, where alpha rules; a prompt's at the right, where bytes count.",
+        description=" ".join(
+            f"{row.bytes:,} bytes: {number(1e6 * row.seconds)} microseconds, {number(1e6 * row.fitted)} fitted."
+            for row in rows
+        ),
+        figure=figure,
+        header=("bytes", "seconds", "fitted"),
+        rows=[(row.bytes, row.seconds, row.fitted) for row in rows],
     )
 
 

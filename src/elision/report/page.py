@@ -27,10 +27,12 @@ from elision.report.results import (
     Example,
     FineTune,
     Latency,
+    Links,
     Measure,
     Results,
     StepTime,
     SyncPointDrop,
+    Tradeoff,
     Training,
     check,
 )
@@ -104,7 +106,9 @@ def sections(results: Results) -> list[Section]:
         found.append(_spd(results.spd))
     if results.evaluation:
         found.append(_evaluation(results.evaluation))
-    if results.tradeoffs or results.layers or results.plans:
+    if results.tradeoffs:
+        found.append(_tradeoffs(results.tradeoffs))
+    if results.layers or results.plans:
         found.append(_sparsity(results))
     if results.training:
         found.append(_training(results.training))
@@ -112,6 +116,8 @@ def sections(results: Results) -> list[Section]:
         found.append(_steps(results.steps))
     if results.latency:
         found.append(_latency(results.latency))
+    if results.links:
+        found.append(_links(results.links))
     return found
 
 
@@ -188,17 +194,28 @@ def _evaluation(measures: list[Measure]) -> Section:
     )
 
 
+def _tradeoffs(found: list[Tradeoff]) -> Section:
+    return Section(
+        anchor="tradeoffs",
+        title="Quality against saving",
+        question="What does each way of leaving work out save, and what does it cost? A control that does as well as "
+        "the method means that the method's choice is not what matters here.",
+        findings=[f"{verdict.capital(verdict.chosen(each))}." for each in found],
+        tables=[],
+        plots=[measured.tradeoff(each, f"tradeoff-{index}") for index, each in enumerate(found, 1)],
+    )
+
+
 def _sparsity(results: Results) -> Section:
-    drawn = [measured.tradeoff(each, f"tradeoff-{index}") for index, each in enumerate(results.tradeoffs, 1)]
-    drawn += [measured.layer_sensitivity(each, f"layers-{index}") for index, each in enumerate(results.layers, 1)]
+    drawn = [measured.layer_sensitivity(each, f"layers-{index}") for index, each in enumerate(results.layers, 1)]
     for index, (name, plan) in enumerate(results.plans.items(), 1):
         plot = plots.layer_plan(plan, f"plan-{index}", f"What SparseLoRA leaves out, {name}")
         drawn += [] if plot is None else [plot]
     return Section(
         anchor="sparsity",
         title="What can be left out of fine-tuning",
-        question="Which layers can spare computation, and what does a plan cost for what it saves?",
-        findings=[f"{verdict.capital(verdict.chosen(each))}." for each in results.tradeoffs],
+        question="Which layers can spare computation, and what does the plan leave out of each?",
+        findings=[],
         tables=[],
         plots=drawn,
     )
@@ -243,9 +260,20 @@ def _latency(rows: list[Latency]) -> Section:
         anchor="latency",
         title="Speed of serving",
         question="How long does a forward pass take on real ranks and links, and how near is that to the ideal?",
-        findings=[],
+        findings=[] if (best := verdict.served(rows)) is None else [f"{verdict.capital(best)}."],
         tables=[tables.latencies(rows)],
         plots=drawn,
+    )
+
+
+def _links(found: list[Links]) -> Section:
+    return Section(
+        anchor="links",
+        title="The links between ranks",
+        question="How long does one sync take, at any size?",
+        findings=[f"{verdict.capital(verdict.linked(each))}." for each in found],
+        tables=[],
+        plots=[measured.all_reduces(each, f"links-{index}") for index, each in enumerate(found, 1)],
     )
 
 

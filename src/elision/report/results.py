@@ -278,6 +278,24 @@ class Latency(_Part):
     ideal_ms: FiniteFloat | None = None
 
 
+class AllReduce(_Part):
+    """An all-reduce of so many bytes, timed, and what the fitted alpha and beta say of it."""
+
+    bytes: Annotated[int, Field(gt=0)]
+    seconds: Annotated[FiniteFloat, Field(gt=0)]
+    fitted: Annotated[FiniteFloat, Field(gt=0)]
+
+
+class Links(_Part):
+    """The links between ranks as `elision spd probe` found them: seconds, and seconds a byte that leaves a rank."""
+
+    name: str = "this machine"
+    ranks: Count
+    alpha: Annotated[FiniteFloat, Field(ge=0)]
+    beta: Annotated[FiniteFloat, Field(ge=0)]
+    all_reduces: Annotated[list[AllReduce], Field(min_length=1)]
+
+
 class Results(_Part):
     """Everything that one run measured."""
 
@@ -292,6 +310,7 @@ class Results(_Part):
     plans: dict[str, LayerPlan] = {}
     steps: list[StepTime] = []
     latency: list[Latency] = []
+    links: list[Links] = []
 
 
 def check(results: Any, where: str = "results") -> Results:

@@ -30,12 +30,19 @@ def load(source: str | Path) -> Results:
             return check(files.read_json(path / "results.json", "results"), f"results {path / 'results.json'}")
         return check(_unfinished(path), f"run {path}")
     values = _json(path)
+    if {"alpha", "beta", "all_reduces"} <= values.keys():
+        return check({"title": f"Links {path.name}", "links": [{"name": path.stem, **values}]}, f"probe {path}")
     if "rows" in values or "links" in values:
-        return check(_benchmark(values, path), f"benchmark {path}")
-    if "ranks" in values and "dropped" in values:
-        return check(_sync_plan(values, path), f"plan {path}")
-    if {"ffn", "qk", "vo"} <= values.keys():
-        return check(_sparsity_plan(values, path), f"plan {path}")
+        told = {name: value for name, value in values.items() if isinstance(value, (str, int, float))}
+        page = {"title": str(values.get("benchmark", path.stem)), "settings": told, **of_benchmark(values)}
+        return check(page, f"benchmark {path}")
+    if {"ffn", "qk", "vo"} <= values.keys() or {"ranks", "dropped"} <= values.keys():
+        page = {"title": f"Plan {path.name}", "settings": _settings(values), **of_plan(values, path.stem)}
+        if "dropped" in values and page.keys() == {"title", "settings"}:
+            raise InputError(
+                f"plan {path} was made by hand, nothing was measured: calibrate one with elision spd calibrate"
+            )
+        return check(page, f"plan {path}")
     if values.keys() & set(Results.model_fields):
         return check(values, f"results {path}")
     raise InputError(f"{path} is no run, plan or benchmark: give a run directory, a plan or a benchmark's JSON")
@@ -62,7 +69,7 @@ def together(results: Sequence[tuple[str, Results]]) -> Results:
                 merged.setdefault(kind, []).append(part.model_copy(update={field: _named(label, getattr(part, field))}))
         scored = [part.model_copy(update={"model": label}) for part in run.evaluation]
         merged.setdefault("evaluation", []).extend(scored)
-        for kind in ("steps", "latency"):
+        for kind in ("steps", "latency", "links"):
             merged.setdefault(kind, []).extend(getattr(run, kind))
         merged.setdefault("plans", {}).update({_named(label, name): plan for name, plan in run.plans.items()})
     return Results(**merged)
@@ -116,12 +123,10 @@ def _unfinished(path: Path) -> dict[str, Any]:
     return {"title": command, "settings": settings, "training": [{"name": path.name, "losses": losses}]}
 
 
-def _benchmark(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Timed steps of benchmarks/finetune_step.py; latencies of benchmarks/tp_latency.py and `elision spd bench`."""
-    settings = {name: value for name, value in values.items() if isinstance(value, (str, int, float))}
-    page = {"title": str(values.get("benchmark", path.stem)), "settings": settings}
+def of_benchmark(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of Results that timings fill: those of the `bench` commands, finetune_step.py and tp_latency.py."""
     if "rows" in values and "workload" not in next(iter(values["rows"]), {}):
-        return page | {"steps": values["rows"]}
+        return {"steps": values["rows"]}
     latency = []
     for link in values.get("links", [{"link": "this machine", **values}]):
         whole = {row["workload"]: row["ms"] for row in link["rows"] if row["variant"] == "all syncs"}
@@ -131,45 +136,56 @@ def _benchmark(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
                 ideal = base - ideal if ideal and base is not None else None
             named = {"variant": row["variant"], "phase": row["workload"], "link": link["link"], "ms": row["ms"]}
             latency.append({**named, "ranks": values.get("ranks", 0), "ideal_ms": ideal})
-    return page | {"latency": latency}
+    return {"latency": latency}
 
 
-def _sync_plan(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    found = values.get("calibration")
-    if found is None:
-        raise InputError(
-            f"plan {path} was made by hand, nothing was measured: calibrate one with elision spd calibrate"
-        )
-    dense = found["perplexities"][0]
-    ranks = {
-        "ranks": values["ranks"],
-        "sensitivities": [100 * value / dense for value in found["sensitivities"]],
-        "order": found["order"],
-        "perplexities": found["perplexities"],
-        "chosen": len(values["dropped"]),
-    }
-    model = {
-        "model": path.stem,
-        "text": "the calibration text",
-        "tokens": 0,
-        "dense_perplexity": dense,
-        "ranks": [ranks],
-    }
-    return {"title": f"Plan {path.name}", "settings": found["versions"], "spd": [model]}
+def of_plan(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The sections of Results that the JSON of a SyncPlan or a SparsityPlan fills, under `name`."""
+    return _sync_plan(values, name) if "dropped" in values else _sparsity_plan(values, name)
 
 
-def _sparsity_plan(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    found = values.get("calibration") or {}
     shown = ("selection", "rank", "dense_steps", "rotary_pairs", "dense_outputs", "seed")
-    settings = {name: values[name] for name in shown if name in values}
+    own = {name: values[name] for name in shown if name in values}
+    return own | {name: found[name] for name in ("budget", "limit") if name in found} | found.get("versions", {})
+
+
+def _sync_plan(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    sections: dict[str, Any] = {}
+    if (found := values.get("calibration")) is not None:
+        dense = found["perplexities"][0]
+        ranks = {
+            "ranks": values["ranks"],
+            "sensitivities": [100 * value / dense for value in found["sensitivities"]],
+            "order": found["order"],
+            "perplexities": found["perplexities"],
+            "chosen": len(values["dropped"]),
+        }
+        text = {"text": "the calibration text", "tokens": 0}
+        sections["spd"] = [{"model": name, **text, "dense_perplexity": dense, "ranks": [ranks]}]
+    if (verified := values.get("verified")) is not None and values.get("model") is not None:
+        costs = {"as it is": verified["zero_shot"], "healed": verified["planned"]}
+        if costs["as it is"] == costs["healed"] or not values.get("healed"):
+            costs = {"held-out text": verified["planned"]}
+        point = {"saving": len(values["dropped"]) / values["model"]["layers"], "kind": "chosen"}
+        points = [{**point, "name": how, "cost": value / verified["dense"] - 1} for how, value in costs.items()]
+        points[0]["kind"] = "chosen" if len(points) == 1 else "control"
+        sections["tradeoffs"] = [
+            {"name": name, "saving": "the syncs after attention", "cost": "perplexity", "points": points}
+        ]
+    return sections
+
+
+def _sparsity_plan(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     plan = {part: values[part] for part in ("ffn", "qk", "vo")}
-    page = {"title": f"Plan {path.name}", "settings": settings, "plans": {path.stem: plan}}
     if (found := values.get("calibration")) is None:
-        return page
+        return {"plans": {name: plan}}
     share = {part: [100 * curve[-1] / found["loss"] for curve in found[part]] for part in plan}
-    point = {"name": path.stem, "kind": "chosen", "saving": 1 - found["flops"]["full"]}
+    point = {"name": name, "kind": "chosen", "saving": 1 - found["flops"]["full"]}
     point["cost"] = found["measured_increase"] / found["loss"]
-    return page | {
-        "settings": {**settings, "budget": found["budget"], "limit": found["limit"], **found["versions"]},
-        "layers": [{"name": f"{path.stem}, sparsity {found['grid'][-1]:g}", "parts": share}],
-        "tradeoffs": [{"name": path.stem, "saving": "LoRA's FLOPs", "cost": "loss", "points": [point]}],
+    return {
+        "plans": {name: plan},
+        "layers": [{"name": f"{name}, sparsity {found['grid'][-1]:g}", "parts": share}],
+        "tradeoffs": [{"name": name, "saving": "LoRA's FLOPs", "cost": "loss", "points": [point]}],
     }

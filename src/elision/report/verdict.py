@@ -18,6 +18,8 @@ from elision.report.results import (
     SPARSE,
     Bounds,
     FineTune,
+    Latency,
+    Links,
     Measure,
     Pair,
     Results,
@@ -112,7 +114,9 @@ def headline(results: Results) -> str:
     """The verdict on the whole run in one sentence with numbers."""
     clauses = [clause for clause in (_trained(results.finetune), _dropped(results.spd)) if clause]
     clauses += [clause for clause in (evaluated(results.evaluation), fastest(results.steps)) if clause]
+    clauses += [clause for clause in (served(results.latency),) if clause]
     clauses += [chosen(each) for each in results.tradeoffs[:1]]
+    clauses += [linked(each) for each in results.links[:1]]
     if not clauses and results.training:
         clauses = [descended(results.training[0])]
     if not clauses:
@@ -265,6 +269,30 @@ def fastest(rows: Sequence[StepTime]) -> str | None:
     best = max(known, key=lambda row: row.speedup or 0)
     ideal = "" if best.ideal is None else f", where the counted operations allow {number(best.ideal, 2)}"
     return f"a step of {best.variant} at {best.shape} is {number(best.speedup or 0, 2)} times as fast{ideal}"
+
+
+def served(rows: Sequence[Latency]) -> str | None:
+    """What a plan, or else dropping every sync, saved most over all syncs, with the ideal beside it."""
+    whole = {(row.phase, row.link): row.ms for row in rows if row.variant == "all syncs"}
+    timed = [row for row in rows if row.ideal_ms is not None and (row.phase, row.link) in whole]
+    known = [row for row in timed if row.variant == "plan"] or [row for row in timed if row.variant == "all dropped"]
+    if not known:
+        return None
+    saved = {id(row): 1 - row.ms / whole[row.phase, row.link] for row in known}
+    best = max(known, key=lambda row: saved[id(row)])
+    share, ideal = saved[id(best)], 1 - (best.ideal_ms or 0.0) / whole[best.phase, best.link]
+    what = "the plan" if best.variant == "plan" else "dropping every sync after attention"
+    return (
+        f"{what} takes {percent(share)} off {best.phase} on {best.link}, where the dropped syncs alone would be "
+        f"{percent(ideal)}"
+    )
+
+
+def linked(is_: Links) -> str:
+    """What an all-reduce costs between ranks."""
+    rate = f", and bytes leave a rank at {number(1e-9 / is_.beta, 2)} GB/s" if is_.beta else ""
+    least = f"{number(1e6 * is_.alpha)} microseconds"
+    return f"on {is_.name} an all-reduce between {is_.ranks} ranks takes at least {least}{rate}"
 
 
 def chosen(is_: Tradeoff) -> str:

@@ -87,13 +87,31 @@ def compare(
     return Forecast(outputs, shares, 1 / shares["half"])
 
 
+def ideals(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], plan: SparsityPlan) -> dict[str, float]:
+    """Speedups that the operations of a step alone would allow, over LoRA as PEFT runs it, by stopwatch's variants.
+
+    Raises:
+        InputError: as `forecast`.
+    """
+    plan.check(ModelFacts.of(model))
+    shape, adapters = Shape.of(model), adapters_or_usual(model)
+    padded, fast = workloads(batches, padded=True), workloads(batches)
+
+    def operations(works: Iterable[Workload], under_plan: SparsityPlan | None = None) -> float:
+        return sum(flops.step(shape, work, adapters, under_plan).total(causal=True) for work in works)
+
+    whole = operations(padded)
+    sparse = operations([under(work, plan) for work in fast], plan)
+    return {"LoRA": 1.0, "dense + lossless": whole / operations(fast), "sparse + lossless": whole / sparse}
+
+
 def under(work: Workload, plan: SparsityPlan) -> Workload:
     """`work` as `plan` has it: in the ablation with sparse outputs every token is sparse."""
     return work if plan.dense_outputs else replace(work, context=work.tokens, last_block=False)
 
 
-def workloads(batches: Iterable[Mapping[str, Tensor]]) -> list[Workload]:
-    """Sizes of batches, with everything left out that is lossless to leave out.
+def workloads(batches: Iterable[Mapping[str, Tensor]], padded: bool = False) -> list[Workload]:
+    """Sizes of batches, with everything left out that is lossless to leave out; `padded`: with nothing left out.
 
     Raises:
         InputError: no batch, one without labels, or none with anything to learn.
@@ -105,7 +123,7 @@ def workloads(batches: Iterable[Mapping[str, Tensor]]) -> list[Workload]:
         given = {name: batch[name].cpu() for name in ("attention_mask", "position_ids") if name in batch}
         kinds = tokens.classify(batch["labels"].cpu(), **given)
         if bool(kinds.loss_bearing.any()):
-            found.append(Workload.fast(kinds))
+            found.append(Workload.of(kinds, padded=True) if padded else Workload.fast(kinds))
     if not found:
         raise InputError("the data has no label to predict: give prompts with answers")
     return found

@@ -5,9 +5,12 @@ What `elision sparselora train` and the demo run. Anyone with a Trainer of their
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from elision.errors import InputError
 from elision.sparselora.apply import sparsify
 from elision.sparselora.plan import SparsityPlan
 
+BOARDS = "TENSORBOARD_LOGGING_DIR"  # of transformers' integration
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -69,6 +73,8 @@ def train(
     settings: Settings,
     *,
     callbacks: Sequence[Any] = (),
+    report_to: Sequence[str] = (),
+    boards: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train the adapter of `model` and save it to `out`; resumes from the checkpoints of an interrupted run.
 
@@ -80,12 +86,14 @@ def train(
         out: directory of the adapter. Checkpoints go beside it, into `<out>.training`, until training is done.
         settings: how long and how fast.
         callbacks: further TrainerCallbacks.
+        report_to: of the Trainer's integrations, "tensorboard", "wandb" and "trackio", those that get its log.
+        boards: directory of tensorboard's files; by default `<out>.tensorboard`.
 
     Returns:
         The log of the Trainer: dicts with "step" and "loss".
 
     Raises:
-        InputError: nothing to train on, or what `sparsify` refuses.
+        InputError: nothing to train on, a `report_to` that is not installed, or what `sparsify` refuses.
     """
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
@@ -103,7 +111,8 @@ def train(
         logging_steps=max(1, settings.steps // 15),
         save_steps=max(1, settings.steps // settings.checkpoints),
         save_total_limit=1,
-        report_to=[],
+        report_to=reporters(report_to),
+        run_name=out.name,
         seed=settings.seed,
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=False,
@@ -114,13 +123,14 @@ def train(
         return data.collate(chosen, tokenizer.pad_token_id)
 
     try:
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            data_collator=batch,
-            callbacks=[*callbacks, *([] if handle is None else [handle.schedule])],
-        )
+        with _tensorboard_in(boards or out.with_name(f"{out.name}.tensorboard")):
+            trainer = Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=Dataset.from_list(rows),
+                data_collator=batch,
+                callbacks=[*callbacks, *([] if handle is None else [handle.schedule])],
+            )
         if handle is not None:
             print(handle.summary())
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
@@ -130,6 +140,33 @@ def train(
     model.save_pretrained(str(out))
     shutil.rmtree(work, ignore_errors=True)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def reporters(names: Sequence[str]) -> list[str]:
+    """`names` of integrations, after making sure that they are installed.
+
+    Raises:
+        InputError: one that is not, or is not known.
+    """
+    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+    for name in names:
+        if name not in packages:
+            raise InputError(f"report-to {name!r} is not known: use {', '.join(packages)}")
+        if not any(importlib.util.find_spec(package) for package in packages[name]):
+            raise InputError(f"report-to {name} is not installed: pip install {packages[name][0]}")
+    return list(names)
+
+
+@contextmanager
+def _tensorboard_in(place: Path) -> Iterator[None]:
+    """Trainer's integration reads its directory from the environment when the Trainer is made; else checkpoints'."""
+    before = os.environ.get(BOARDS)
+    os.environ[BOARDS] = before or str(place)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[BOARDS]
 
 
 def _last_checkpoint(work: Path) -> str | None:
