@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.integrations import integration_utils
 from typer.testing import CliRunner
 
 from elision import reference_model, report
@@ -64,6 +68,44 @@ def test_presets_and_bench(model: Path) -> None:
     assert ideals[0] == 1 < ideals[1] < ideals[2] and all(row["step_ms"] > 0 for row in values["rows"])
     (model / "bench.json").write_text(said)
     assert "milliseconds" in report.write(model / "bench.json", model / "page").read_text()
+
+
+def scalars(folder: Path) -> set[str]:
+    """Names of the numbers in tensorboard's files: records of length, checksum, event, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: set[str] = set()
+    for path in folder.glob("events.*"):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            found |= {value.tag for value in Event.FromString(data[12 : 12 + size]).summary.value}
+            data = data[16 + size :]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX")
+def test_training_reports_through_trainers_integrations(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Board(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append((args.run_name, sorted(logs)))
+
+    learn = ("train", model, "--data", model / "data.json", "--sparsity", 0, "--out", tmp_path / "adapter")
+    code, _, error = run(*learn, "--report-to", "trackio")
+    assert code == 2 and "report-to trackio is not installed: pip install trackio" in error
+    code, _, error = run(*learn, "--report-to", "fax")
+    assert code == 2 and "report-to 'fax' is not known: use tensorboard, wandb, trackio" in error
+    installed = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or installed(name))
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Board)
+    code, _, _ = run(*learn, "--report-to", "tensorboard", "--report-to", "wandb", "--run", tmp_path / "run")
+    assert code == 0 and ("adapter", ["epoch", "grad_norm", "learning_rate", "loss"]) in seen
+    assert {"train/loss", "train/learning_rate"} <= scalars(tmp_path / "run" / "tensorboard")
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
 @pytest.mark.parametrize(
