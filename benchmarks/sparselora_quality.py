@@ -392,6 +392,42 @@ def verdict(results: dict[str, dict[str, dict[int, Any]]]) -> list[str]:
     return lines
 
 
+def sections(results: dict[str, dict[str, dict[int, Any]]], recipe: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """The same for `elision report`: problems lost against operations left out, controls among them, and all scores."""
+    settings = {"command": command, "model": recipe["model"], "seeds": ", ".join(map(str, recipe["seeds"]))}
+    tradeoffs, scores = [], []
+    for task, variants in results.items():
+        if not (lora := variants["LoRA"]):
+            continue
+        before = interval([result["solved"] for result in lora.values()]).value
+        points = []
+        for variant, seeds in variants.items():
+            if not seeds:
+                continue
+            solved = [result["solved"] for result in seeds.values()]
+            found, minus = interval(solved), None if variant == "LoRA" else difference(seeds, lora)
+            saving = 1 - statistics.fmean(result["flops"]["frozen"] for result in seeds.values())
+            change = {"value": found.value - before} if minus is None else minus[0]._asdict()
+            lost = {"cost": 0.0 - change["value"], "low": None, "high": None}
+            lost |= {} if minus is None else {"low": -change["high"], "high": -change["low"]}
+            points.append({"name": variant, "saving": saving, **lost, "kind": kind_of(variant, recipe)})
+            known = {name: None if math.isnan(value) else value for name, value in found._asdict().items()}
+            row = {"task": task, "metric": "solved", "model": variant, **known, "count": sum(map(len, solved))}
+            scores.append(row | ({} if variant == "LoRA" else {"baseline": before, "change": change}))
+        what = {"saving": "the operations of LoRA's frozen products", "cost": "problems not solved"}
+        tradeoffs.append({"name": f"SparseLoRA on {task}", **what, "points": points})
+    return {"title": "SparseLoRA: quality", "settings": settings, "tradeoffs": tradeoffs, "evaluation": scores}
+
+
+def kind_of(variant: str, recipe: Mapping[str, Any]) -> str:
+    """A control takes away what the method claims to need; chosen is the plan that the first comparison is about."""
+    how = recipe["variants"][variant]
+    if variant == recipe["comparisons"][0][0]:
+        return "chosen"
+    taken = how.get("selection") in ("random", "no-ffn") or not how.get("dense_outputs", True) or "steps" in how
+    return "control" if taken else "plan"
+
+
 def main() -> None:
     """Calibrate, fine-tune, score, write the page; resume where it was left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -432,6 +468,7 @@ def main() -> None:
             results = collect(given.out, recipe)
             files.write_text(given.page, page(results, recipe, given.out, command))
     results = collect(given.out, recipe)
+    shown = sections(results, recipe, command)
     told = {
         task: {
             variant: {
@@ -445,7 +482,7 @@ def main() -> None:
         for task, variants in results.items()
     }
     console.print(f"page: {given.page}")
-    print(json.dumps({"benchmark": "sparselora_quality", "recipe": recipe, "results": told}))
+    print(json.dumps({"benchmark": "sparselora_quality", "recipe": recipe, "results": told, **shown}))
 
 
 if __name__ == "__main__":

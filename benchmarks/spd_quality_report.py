@@ -224,7 +224,46 @@ def summary(journals: Journals, recipe: dict[str, Any]) -> dict[str, Any]:
     found = [
         {"bar": what, "wanted": bar, "measured": value, "met": met} for what, bar, value, met in bars(journals, recipe)
     ]
-    return {"recipe": recipe, "measurements": len(journals), "bars": found}
+    return {"recipe": recipe, "measurements": len(journals), "bars": found, **sections(journals, recipe)}
+
+
+def sections(journals: Journals, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The same for `elision report`: perplexity against dropped syncs, each way all dropped and within the least limit.
+
+    Values are means over seeds, bounds the smallest and the largest; "zero-shot" is the control.
+    """
+    least = min(recipe["limits"])
+    tradeoffs = []
+    for (model, ranks), group in grouped(journals).items():
+        layers, points = group[0]["about"]["layers"], []
+        ways = [name.removesuffix(" | library") for name in group[0] if name.endswith(" | library")]
+        for way in ways:
+            if way in ("dense", "int8 syncs"):
+                continue
+            kind = "control" if way == "zero-shot" else "plan"
+            losses = [loss(each, way) for each in group]
+            points.append(point(f"{way}, all dropped", 1.0, losses, kind))
+            if way in CURVES:
+                most = [droppable(each, way, least) for each in group]
+                found = [each[f"curve | {way}"][str(k)]["perplexity"] for each, k in zip(group, most, strict=True)]
+                losses = [p / each["dense | library"]["perplexity"] - 1 for p, each in zip(found, group, strict=True)]
+                kind = "chosen" if way == "ours" else kind
+                points.append(point(f"{way}, within +{least:.0%}", mean(most) / layers, losses, kind))
+        what = {"saving": "the syncs after attention", "cost": "perplexity"}
+        tradeoffs.append({"name": f"SPD, {model}, {ranks} ranks", **what, "points": points})
+    return {"title": "SPD: quality", "settings": {"command": COMMAND}, "tradeoffs": tradeoffs}
+
+
+def point(name: str, saving: float, costs: Sequence[float], kind: str) -> dict[str, Any]:
+    """One point of a trade-off."""
+    return {
+        "name": name,
+        "saving": saving,
+        "cost": mean(costs),
+        "low": min(costs),
+        "high": max(costs),
+        "kind": kind,
+    }
 
 
 def main(

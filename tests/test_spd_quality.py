@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import spd_quality_report as report
 from elision import files
+from elision.report import sources, verdict
 
 RECIPE = files.read_json(report.ROOT / "benchmarks/spd_quality.json", "recipe")
 
@@ -69,3 +70,16 @@ def test_the_page_has_every_model_and_says_not_met(tmp_path):
         assert heading in page
     assert "in 0 of 4 after it: it does not reliably help here" in page
     assert json.dumps(report.summary(loaded, RECIPE))
+
+
+def test_the_json_line_is_a_report(tmp_path):
+    journals = [journal(seed, ranks) for ranks in (2, 8) for seed in (0, 1)]
+    (tmp_path / "bench.txt").write_text("told before\n" + json.dumps(report.summary(journals, RECIPE)) + "\n")
+    found = sources.load(tmp_path / "bench.txt")
+    assert [each.name for each in found.tradeoffs] == ["SPD, llama, 2 ranks", "SPD, llama, 8 ranks"]
+    points = {point.name: point for point in found.tradeoffs[1].points}
+    assert points["ours, within +1%"].kind == "chosen" and points["ours, within +1%"].saving == pytest.approx(1 / 3)
+    assert points["zero-shot, all dropped"].kind == "control" and points["zero-shot, all dropped"].cost == 1.0
+    b2b = points["B2B (paper), all dropped"]
+    assert (b2b.low, b2b.cost, b2b.high) == pytest.approx((0.3, 0.35, 0.4))
+    assert "leaves out 33.3% of the syncs after attention for +0.50% perplexity" in verdict.headline(found)

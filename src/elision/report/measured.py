@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 
 from elision.report.canvas import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, SKY, STYLE, VERMILLION, Plot
-from elision.report.plots import DASHED, SERIES, TIER_COLOURS, blocks_below, panels, percents, smooth
+from elision.report.plots import DASHED, SERIES, TIER_COLOURS, blocks_below, panels, percents, side_by_side, smooth
 from elision.report.results import (
     TIERS,
     Latency,
@@ -104,34 +104,38 @@ def changes(measures: Sequence[Measure], name: str, title: str) -> Plot | None:
 
 
 def tradeoff(is_: Tradeoff, name: str) -> Plot:
-    """Cost against saving: every measured plan, those that nothing beats joined, the chosen one and controls named."""
+    """Cost against saving, numbered: points that nothing beats joined, the chosen one and controls told apart."""
     points = sorted(is_.points, key=lambda point: point.saving)
     best = front([(point.saving, point.cost) for point in points if point.kind != "control"])
     looks = {"plan": (BLUE, "o"), "chosen": (VERMILLION, "D"), "control": (MUTED, "X")}
+    width = 100 * max(0.1, points[-1].saving - points[0].saving)
+    places = side_by_side([100 * point.saving for point in points], 0.035 * width)
+    at = {(point.saving, point.cost): place for point, place in zip(points, places, strict=True)}
+    columns = 1 if max(len(point.name) for point in points) > 24 else 2
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = panels(1, 3.8)
-        axis.plot([100 * x for x, _ in best], [100 * y for _, y in best], color=BLUE, linewidth=1, linestyle=DASHED)
-        for kind, (colour, marker) in looks.items():
-            own = [point for point in points if point.kind == kind]
-            if not own:
-                continue
-            places, costs = [100 * point.saving for point in own], [100 * point.cost for point in own]
-            axis.plot(places, costs, marker, color=colour, linestyle="none", label=kind, markersize=7)
-            for point, place, cost in zip(own, places, costs, strict=True):
-                if point.low is not None and point.high is not None:
-                    axis.plot([place, place], [100 * point.low, 100 * point.high], color=colour, linewidth=1.4)
-                if kind != "plan":
-                    axis.annotate(point.name, (place, cost), (6, 5), textcoords="offset points", fontsize=8.5)
+        figure, (axis,) = panels(1, 3.3 + 0.2 * -(-len(points) // columns))
+        joined = {"color": BLUE, "linewidth": 1, "linestyle": DASHED, "zorder": 1}
+        axis.plot([at[point] for point in best], [100 * cost for _, cost in best], **joined)
+        for number_, (point, place) in enumerate(zip(points, places, strict=True), 1):
+            colour, marker = looks[point.kind]
+            label = f"{number_} {point.name}" + ("" if point.kind == "plan" else f" ({point.kind})")
+            axis.plot(place, 100 * point.cost, marker, color=colour, linestyle="none", label=label, markersize=7)
+            if point.low is not None and point.high is not None:
+                axis.plot([place, place], [100 * point.low, 100 * point.high], color=colour, linewidth=1.2)
+            axis.annotate(str(number_), (place, 100 * point.cost), (5, 4), textcoords="offset points", fontsize=8.5)
+        if max(point.cost for point in points) > 0.3:  # what fails as a whole would press the rest to the ground
+            axis.set_yscale("symlog", linthresh=1)
         axis.xaxis.set_major_formatter(percents())
         axis.yaxis.set_major_formatter(percents())
         axis.margins(0.12)
         axis.set_title(f"Increase of {is_.cost}")
         axis.set_xlabel(f"{is_.saving} left out")
-        axis.legend(loc="upper left")
+        figure.legend(loc="outside lower left", ncols=columns, fontsize=8.5)
     return Plot(
         name=name,
         title=f"Quality against saving, {is_.name}",
-        caption="Down and to the right is better. The dashed line joins the plans that no other beats in both.",
+        caption="Down and to the right is better. The dashed line joins the plans that no other beats in both. Points "
+        "that save alike stand side by side.",
         description=" ".join(
             f"{point.name} ({point.kind}): leaves out {percent(point.saving)} of {is_.saving} for {change(point.cost)} "
             f"{is_.cost}."

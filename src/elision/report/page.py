@@ -39,6 +39,7 @@ from elision.report.results import (
 
 Source = str | Path
 READABLE = 60  # rows: a longer table behind a plot is in its CSV only
+READABLE_CHANGES = 12  # rows: more are a plot a task
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,14 @@ def _text(model: SyncPointDrop) -> str:
 
 def _evaluation(measures: list[Measure]) -> Section:
     relative = measured.changes([m for m in measures if m.relative], "perplexity-change", "Change of perplexity")
-    absolute = measured.changes([m for m in measures if not m.relative], "task-changes", "Change on the tasks")
+    scores = [measure for measure in measures if not measure.relative]
+    by_task = {"": scores}
+    if len(scores) > READABLE_CHANGES:
+        by_task = {task: [m for m in scores if m.task == task] for task in dict.fromkeys(m.task for m in scores)}
+    absolute = [
+        measured.changes(own, "-".join(["task-changes", *filter(None, [task])]), f"Change on {task or 'the tasks'}")
+        for task, own in by_task.items()
+    ]
     told = [f"{verdict.capital(str(verdict.evaluated([each])))}." for each in measures if each.change is not None]
     return Section(
         anchor="evaluation",
@@ -190,7 +198,7 @@ def _evaluation(measures: list[Measure]) -> Section:
         "on the same rows and documents.",
         findings=told,
         tables=[tables.evaluation(measures)],
-        plots=[plot for plot in (relative, absolute) if plot is not None],
+        plots=[plot for plot in (relative, *absolute) if plot is not None],
     )
 
 

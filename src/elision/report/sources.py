@@ -67,7 +67,8 @@ def together(results: Sequence[tuple[str, Results]]) -> Results:
         for kind, field in (("spd", "model"), ("training", "name"), ("layers", "name")):
             for part in getattr(run, kind):
                 merged.setdefault(kind, []).append(part.model_copy(update={field: _named(label, getattr(part, field))}))
-        scored = [part.model_copy(update={"model": label}) for part in run.evaluation]
+        names = {name: _named(label, name) if name else label for name in (part.model for part in run.evaluation)}
+        scored = [part.model_copy(update={"model": names[part.model]}) for part in run.evaluation]
         merged.setdefault("evaluation", []).extend(scored)
         for kind in ("steps", "latency", "links"):
             merged.setdefault(kind, []).extend(getattr(run, kind))
