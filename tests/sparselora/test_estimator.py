@@ -93,11 +93,11 @@ def test_signs_are_fixed() -> None:
     assert torch.allclose(negative_b, b)
 
 
-def test_low_precision_is_scored_in_single() -> None:
+def test_low_precision_is_normed_in_single() -> None:
     x, weight = torch.randn(64, 16).bfloat16(), torch.randn(24, 16).bfloat16()
     found = estimator.linear_scores(x, exact(weight))
     assert found.dtype == torch.float32
-    assert torch.allclose(found, (x.float() @ weight.float().T).norm(dim=0))
+    assert torch.allclose(found, (x @ weight.T).float().norm(dim=0))
     b, a = estimator.truncated_svd(weight, 2)
     assert b.dtype == a.dtype == torch.float32
 

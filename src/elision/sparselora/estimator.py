@@ -25,7 +25,8 @@ Linear scores of B A need no (T, out) product: with P = X A' (T, k), G = P'P (k,
 so they cost T k (in + k) multiplications. The FFN's score is not linear; it needs the products, taken in slices of
 tokens so that no (T, intermediate) tensor lives longer than its slice.
 
-Scores are computed in at least single precision and carry no gradient: selection has none.
+Products of W are computed in the model's own precision, as the model does it, norms and all else in at least single;
+scores carry no gradient: selection has none.
 """
 
 from __future__ import annotations
@@ -66,14 +67,17 @@ class Product(Protocol):
 
 @dataclass(frozen=True)
 class Exact:
-    """The base product itself. `weight` is called for (out, in) and `bias` for (out,) or None, when needed."""
+    """The base product itself, in the dtype of x, as the model computes it. `weight` is called for (out, in) and `bias`
+    for (out,) or None, when needed.
+    """
 
     weight: Callable[[], Tensor]
     bias: Callable[[], Tensor | None]
 
     def __call__(self, x: Tensor) -> Tensor:
-        bias = self.bias()
-        return torch.nn.functional.linear(x, self.weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        # The weight on the left: CPUs lay the right-hand factor out anew, and here x is the small one.
+        product, bias = (self.weight().to(x.dtype) @ x.T).T, self.bias()
+        return product if bias is None else product + bias.to(x.dtype)
 
     def norms(self, x: Tensor) -> Tensor:
         return _accumulated_norms(x, self)
@@ -88,12 +92,12 @@ class LowRank:
     bias: Callable[[], Tensor | None]
 
     def __call__(self, x: Tensor) -> Tensor:
+        x, bias = _at_least_single(x), self.bias()
         product = x @ self.a.to(x).T @ self.b.to(x).T
-        bias = self.bias()
         return product if bias is None else product + bias.to(x)
 
     def norms(self, x: Tensor) -> Tensor:
-        bias = self.bias()
+        x, bias = _at_least_single(x), self.bias()
         return low_rank_norms(x, self.b.to(x), self.a.to(x), None if bias is None else bias.to(x))
 
 
@@ -113,7 +117,7 @@ def low_rank_norms(
 
 def linear_scores(x: Float[Tensor, "tokens inputs"], product: Product) -> Float[Tensor, " outputs"]:
     """Norm over the tokens of each channel of one base product (the scores of Q, K and V)."""
-    return product.norms(_at_least_single(x))
+    return product.norms(x)
 
 
 def ffn_scores(
@@ -127,7 +131,7 @@ def ffn_scores(
     def hidden(x: Tensor) -> Tensor:
         return activation(up(x)) if gate is None else activation(gate(x)) * up(x)
 
-    return _accumulated_norms(_at_least_single(x), hidden)
+    return _accumulated_norms(x, hidden)
 
 
 def weight_norms(weight: Float[Tensor, "outputs inputs"]) -> Float[Tensor, " outputs"]:
@@ -193,7 +197,8 @@ def _leading(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _accumulated_norms(x: Tensor, columns: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.stack([columns(part).square().sum(dim=0) for part in x.split(SLICE)]).sum(dim=0).sqrt()
+    squares = [_at_least_single(columns(part)).square().sum(dim=0) for part in x.split(SLICE)]
+    return torch.stack(squares).sum(dim=0).sqrt()
 
 
 def _at_least_single(x: Tensor) -> Tensor:

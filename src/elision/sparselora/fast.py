@@ -245,11 +245,10 @@ class _Pass:
 
         if self.whole:
             y = project(h, ("q", "k", "v"), 0, end, slice(None), rows.sparse)
-            query, key_value = y[:, :width], y[:, width:]
+            query, key, value = y.split([projection.out_features for projection in stack], dim=1)
         else:
-            key_value = project(h, ("k", "v"), width, end, slice(None), rows.sparse)
+            key, value = project(h, ("k", "v"), width, end, slice(None), rows.sparse).chunk(2, dim=1)
             query = project(mine, ("q",), 0, width, self.mine, 0)
-        key, value = key_value.chunk(2, dim=1)
         q, k = _heads(query, block.q_norm, dimension), _heads(key, block.k_norm, dimension)
         if self.angles is not None:
             cos, sin = self.angles
@@ -322,7 +321,7 @@ def _choose(choices: BlockChoices, batch: SparseBatch | None, names: tuple[str, 
 
     def choose(x: Tensor) -> Tensor:
         kept, start = [], 0
-        if batch.kept.keys().isdisjoint((index, name) for name in names):
+        if plan.selection in ("svd", "whitened"):
             x = x.to(torch.promote_types(x.dtype, torch.float32))  # once for all scores
         for name in names:
             size = block.projections[name].out_features

@@ -117,7 +117,8 @@ class _NormLinear(torch.autograd.Function):
         statistics = (mean, inverse)
         grad, grad_scale = scaled_backward(grad, y, scale)
         u, grad_b = narrow.gradients(grad, b, p, adapters)
-        grad_a = None if u is None else narrow.gradient_of_a(u, norms.again(h, norm, statistics), adapters)
+        unit = norms.unit(h, statistics)
+        grad_a = None if u is None else narrow.gradient_of_a(u, norms.finish(unit, norm, h.dtype), adapters)
         if not ctx.needs_input_grad[1]:
             return None, None, grad_a, grad_scale, *grad_b
         weight = read()
@@ -129,7 +130,7 @@ class _NormLinear(torch.autograd.Function):
                 chosen = grad[rows].index_select(1, channels)
                 torch.mm(chosen, weight.index_select(0, channels), out=grad_x[rows])
         narrow.add_input_gradient(grad_x, u, a, adapters)
-        return None, norms.backward(grad_x, h, norm, statistics), grad_a, grad_scale, *grad_b
+        return None, norms.backward(grad_x, unit, norm, statistics), grad_a, grad_scale, *grad_b
 
 
 class _LinearResidual(torch.autograd.Function):

@@ -205,11 +205,12 @@ class _Mlp(torch.autograd.Function):
                 if part.computed is not None:
                     grad_z = grad_z.index_select(1, _all(part.computed, mlp.halves, channels))
                 torch.mm(grad_z, part.up, out=grad_x[rows])
-        grad_a = None if u is None else narrow.gradient_of_a(u, norms.again(h, mlp.norm, statistics), adapters)
+        unit = norms.unit(h, statistics)
+        grad_a = None if u is None else narrow.gradient_of_a(u, norms.finish(unit, mlp.norm, h.dtype), adapters)
         grad_h = None
         if grad_x is not None:
             narrow.add_input_gradient(grad_x, u, a, adapters)
-            grad_h = norms.backward(grad_x, h, mlp.norm, statistics)
+            grad_h = norms.backward(grad_x, unit, mlp.norm, statistics)
             grad_h = grad_h + grad if mlp.residual else grad_h
         return None, grad_h, grad_a, grad_down_a, grad_scale, grad_down_scale, *grad_b
 

@@ -30,41 +30,47 @@ Statistics = tuple[Tensor | None, Tensor | None]  # mean and 1 / rms of every ro
 
 
 def normalize(h: Tensor, norm: Norm | None) -> tuple[Tensor, Statistics]:
-    """Normed rows (T, inputs) in h's dtype, and what `again` and `backward` need of them."""
+    """Normed rows (T, inputs) in h's dtype, and what `unit` and `backward` need of them."""
     if norm is None:
         return h, (None, None)
-    rows = h.to(torch.promote_types(h.dtype, torch.float32))
+    rows = h.to(torch.promote_types(h.dtype, torch.float32), copy=True)
     mean = rows.mean(dim=1, keepdim=True) if norm.centred else None
-    centred = rows if mean is None else rows - mean
-    statistics = mean, torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + norm.eps)
-    return again(h, norm, statistics), statistics
+    if mean is not None:
+        rows -= mean
+    variance = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_().div_(rows.shape[1])
+    inverse = variance.add_(norm.eps).rsqrt_()
+    return finish(rows.mul_(inverse), norm, h.dtype), (mean, inverse)
 
 
-def again(h: Tensor, norm: Norm | None, statistics: Statistics) -> Tensor:
-    """Normed rows, from what `normalize` found."""
-    if norm is None:
+def unit(h: Tensor, statistics: Statistics) -> Tensor:
+    """Rows of mean square 1, in at least single precision, from what `normalize` found; h itself without a norm."""
+    mean, inverse = statistics
+    if inverse is None:
         return h
-    x = _unit(h, statistics)
-    if norm.weight is not None:
-        x = x.to(norm.weight.dtype) * norm.weight
-    return (x if norm.bias is None else x + norm.bias).to(h.dtype)
+    # A copy that is then changed in place: operations on mixed dtypes make one for themselves, and a result besides.
+    rows = h.to(inverse.dtype, copy=True)
+    if mean is not None:
+        rows -= mean
+    return rows.mul_(inverse)
 
 
-def backward(grad: Tensor, h: Tensor, norm: Norm | None, statistics: Statistics) -> Tensor:
-    """Gradient of h from that of the normed rows."""
+def finish(rows: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    """Normed rows in `dtype` of those that `unit` gives."""
+    if norm is None:
+        return rows
+    x = rows if norm.weight is None else rows.to(norm.weight.dtype) * norm.weight
+    return (x if norm.bias is None else x + norm.bias).to(dtype)
+
+
+def backward(grad: Tensor, rows: Tensor, norm: Norm | None, statistics: Statistics) -> Tensor:
+    """Gradient of h from that of the normed rows and what `unit` gives."""
     inverse = statistics[1]
     if norm is None or inverse is None:
         return grad
-    unit = _unit(h, statistics)
-    grad = (grad if norm.weight is None else grad * norm.weight).to(inverse.dtype)
-    along = (grad * unit).mean(dim=1, keepdim=True)
-    found = torch.addcmul(grad, unit, along, value=-1)
-    if norm.centred:
-        found -= grad.mean(dim=1, keepdim=True)
-    return found.mul_(inverse).to(h.dtype)
-
-
-def _unit(h: Tensor, statistics: Statistics) -> Tensor:
-    mean, inverse = statistics
-    assert inverse is not None
-    return (h if mean is None else h - mean) * inverse
+    found = grad.to(inverse.dtype, copy=True) if norm.weight is None else (grad * norm.weight).to(inverse.dtype)
+    mean = found.mean(dim=1, keepdim=True) if norm.centred else None
+    along = torch.linalg.vecdot(found, rows).div_(rows.shape[1])[:, None]
+    found.addcmul_(rows, along, value=-1)
+    if mean is not None:
+        found -= mean
+    return found.mul_(inverse).to(grad.dtype)

@@ -61,6 +61,7 @@ class Rows:
     grid: Tensor  # (segments * length,): row at each slot, 0 where there is none
     slots: Tensor  # (T,): slot of each row
     columns: Tensor  # (1 or segments, length): place in the sequence of each slot, to measure distances by
+    first: int = 0  # column of the grid that no loss-bearing row stands before
 
     @property
     def total(self) -> int:
@@ -70,6 +71,13 @@ class Rows:
     def full(self) -> bool:
         """Whether every slot of the grid has a row."""
         return self.total == self.segments * self.length
+
+    def tail(self) -> Rows:
+        """The grid from column `first` on, for the rows that bear the loss."""
+        slots = self.slots // self.length * (self.length - self.first) + self.slots % self.length - self.first
+        grid = self.grid.view(self.segments, self.length)[:, self.first :].flatten()
+        columns, length = self.columns[:, self.first :], self.length - self.first
+        return replace(self, slots=slots, grid=grid, columns=columns, length=length, first=0)
 
     def to(self, device: torch.device) -> Rows:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -135,4 +143,5 @@ def arrange(
         grid=grid,
         slots=slots,
         columns=columns,
+        first=int((slots[len(slots) - bearing :] % longest).min()) if bearing else 0,
     )
