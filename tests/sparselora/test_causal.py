@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,11 +21,10 @@ SHAPES = [
 ]
 
 
-def inputs(
-    batch: int, length: int, asked: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
-) -> list[Tensor]:
-    """q, k, v and a gradient of the output."""
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and a gradient of the output, of (batch, length, queries, heads, kv heads, head_dim)."""
     torch.manual_seed(0)
+    batch, length, asked, heads, kv_heads, dim = shape
     shapes = [(batch, asked, heads, dim), *[(batch, length, kv_heads, dim)] * 2, (batch, asked, heads, dim)]
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
@@ -36,7 +37,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=True).transpose(1, 2)
 
 
-def run(function, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+def run(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
     """Output and gradients."""
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = function(*leaves, 0.3)
@@ -48,21 +49,21 @@ def run(function, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]
 def test_float64_equals_torch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for scores in (causal.SCORES, 1):  # all pairs at a time, then one by one
         monkeypatch.setattr(causal, "SCORES", scores)
-        given = inputs(*shape, torch.float64)
+        given = inputs(shape, torch.float64)
         for own, theirs in zip(run(causal_attention, *given), run(plain, *given), strict=True):
             assert (own - theirs).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bfloat16_errs_at_most_twice_as_much_as_torch(shape: tuple[int, ...]) -> None:
-    given = inputs(*shape, torch.bfloat16)
+    given = inputs(shape, torch.bfloat16)
     exact = run(plain, *(x.double() for x in given))
     for own, theirs, right in zip(run(causal_attention, *given), run(plain, *given), exact, strict=True):
         assert (own.double() - right).norm() <= 2 * (theirs.double() - right).norm()
 
 
 def test_a_wrong_diagonal_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = inputs(*SHAPES[1], torch.float64)
+    given = inputs(SHAPES[1], torch.float64)
     right = run(causal_attention, *given)
     tiles = causal._tiles
     monkeypatch.setattr(causal, "_tiles", lambda n, keys: ((tile, max(seen - 1, 1)) for tile, seen in tiles(n, keys)))
@@ -75,7 +76,7 @@ def test_a_wrong_diagonal_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_no_query_sees_gets_no_gradient() -> None:
-    q, k, v, grad = inputs(1, 40, 40, 2, 2, 4, torch.float64)
+    q, k, v, grad = inputs((1, 40, 40, 2, 2, 4), torch.float64)
     grad[:, 20:] = 0
     _, grad_q, grad_k, grad_v = run(causal_attention, q, k, v, grad)
     assert all(not x[:, 20:].any() for x in (grad_q, grad_k, grad_v))

@@ -86,7 +86,7 @@ class _Causal(torch.autograd.Function):
         (batch, length, kv_heads, _), asked, scaling = k.shape, q.shape[1], ctx.scaling
         unseen = q.new_full((TILE, TILE), float("-inf")).triu(1)
         q, k, v, grad = (_by_head(x, kv_heads) for x in (q, k, v, grad))
-        grads = grad_q, grad_k, grad_v = [torch.empty_like(x) for x in (q, k, v)]
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
         exact = torch.promote_types(q.dtype, torch.float32)  # what tiles add up in
         for pairs in _chunks(len(q), q.shape[1], length):
             keys, values = k[pairs, 0], v[pairs, 0]
@@ -99,9 +99,9 @@ class _Causal(torch.autograd.Function):
                 scores.unflatten(1, (-1, count))[..., -count:] += unseen[:count, :count]
                 p = torch.softmax(scores, dim=-1)
                 grad_p = torch.bmm(back, values[:, :seen].transpose(1, 2))
-                grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
                 grad_q[pairs, :, tile] = _product(grad_scores, near, scaling).unflatten(1, (-1, count))
                 sum_k[:, :seen] += _product(grad_scores.transpose(1, 2), queries, scaling)
                 sum_v[:, :seen] += torch.bmm(p.transpose(1, 2), back)
             grad_k[pairs, 0], grad_v[pairs, 0] = sum_k, sum_v
-        return *(_by_token(x, batch) for x in grads), None
+        return _by_token(grad_q, batch), _by_token(grad_k, batch), _by_token(grad_v, batch), None
