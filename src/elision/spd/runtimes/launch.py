@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from elision.errors import InputError
-from elision.spd.runtimes.ranks import RankLostError
+from elision.spd.runtimes.ranks import RankLostError, of_the_network
 
 GRACE = 5.0  # seconds that a rank which lost another leaves the launcher to find that one out
 _SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"  # the launcher sets it
@@ -100,7 +100,7 @@ def _rank(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
         result = body(*arguments)
     except RuntimeError as error:
         # The rank that failed closes its connections, and those at their other ends may be heard of before it is.
-        if isinstance(error, RankLostError | torch.distributed.DistError) or "gloo" in str(error):
+        if isinstance(error, RankLostError) or of_the_network(error):
             time.sleep(GRACE)
         raise
     if torch.distributed.is_initialized():

@@ -36,7 +36,6 @@ from elision.errors import InputError
 from elision.families import attention_shape, family_of, intermediate_size
 from elision.spd.block import LocalBlock, add_residual, mlp_share, plain_block, shard, span, spd_block
 from elision.spd.corrections import NAME as CORRECTION
-from elision.spd.int8 import all_reduce_on_rank
 from elision.spd.plan import SyncPlan
 from elision.spd.runtimes import ranks
 from elision.spd.runtimes.checkpoint import check_fits, corrections_of, plan_of
@@ -164,19 +163,7 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
             dist.all_reduce(share, group=group)
         return share
 
-    def all_to_all(messages: Tensor) -> Tensor:
-        received = torch.empty_like(messages)
-        dist.all_to_all_single(received, messages, group=group)
-        return received
-
-    def all_gather(message: Tensor) -> Tensor:
-        everyone = message.new_empty((size, *message.shape))
-        dist.all_gather(list(everyone.unbind()), message, group=group)
-        return everyone
-
-    def int8_reduce(share: Tensor) -> Tensor:
-        return all_reduce_on_rank(share, rank, size, all_to_all, all_gather)
-
+    int8_reduce = partial(ranks.int8_all_reduce, group=group)
     for block in blocks:
         own = span(shard(rank, size, block.heads, block.kv_heads, block.intermediate_size).heads, block.head_dim)
         correction = corrections[block.index] if block.index in plan.corrections else {}

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from elision.errors import InputError
 from elision.spd.corrections import NAME as CORRECTION
-from elision.spd.int8 import all_reduce_on_rank
 from elision.spd.plan import SyncPlan
 from elision.spd.runtimes.checkpoint import plan_of
+from elision.spd.runtimes.ranks import int8_all_reduce as summed_in_int8
 from elision.spd.runtimes.vllm import TESTED
 
 try:
@@ -181,20 +181,7 @@ class Int8OPTAttention(_Int8Sum, OPTAttention):
 @torch.library.custom_op("elision::int8_all_reduce", mutates_args=(), schema="(Tensor share) -> Tensor")
 def int8_all_reduce(share: Tensor) -> Tensor:
     """The sum of all ranks' `share` (tokens, hidden), sent in int8; one operator to torch.compile."""
-    group = get_tp_group().device_group
-    ranks = dist.get_world_size(group)
-
-    def all_to_all(messages: Tensor) -> Tensor:
-        received = torch.empty_like(messages)
-        dist.all_to_all_single(received, messages, group=group)
-        return received
-
-    def all_gather(message: Tensor) -> Tensor:
-        everyone = message.new_empty((ranks, *message.shape))
-        dist.all_gather(list(everyone.unbind()), message, group=group)
-        return everyone
-
-    return all_reduce_on_rank(share, dist.get_rank(group), ranks, all_to_all, all_gather)
+    return summed_in_int8(share, get_tp_group().device_group)
 
 
 @int8_all_reduce.register_fake
