@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from elision.cli import app
 from elision.errors import InputError
 from elision.report import measured, sources, tables, verdict
 from elision.report.results import Bounds, Measure, check
+from tests.browser import browser, executable
 
 MEASURES = [
     {
@@ -79,6 +78,16 @@ EVERYTHING: dict[str, Any] = {
         {"variant": "none", "phase": "decode", "link": "loopback", "ranks": 2, "ms": 13.6, "ideal_ms": 13.5},
         {"variant": "none", "phase": "decode", "link": "1 Gbit", "ranks": 2, "ms": 20.6, "ideal_ms": 19.5},
     ],
+    "links": [
+        {
+            "ranks": 2,
+            "alpha": 1e-4,
+            "beta": 1e-9,
+            "all_reduces": [
+                {"bytes": 4**k, "seconds": 1.1e-4 + 4**k * 1e-9, "fitted": 1e-4 + 4**k * 1e-9} for k in (5, 8)
+            ],
+        }
+    ],
 }
 PLOTS = {
     "training",
@@ -90,6 +99,7 @@ PLOTS = {
     "steps-1",
     "breakdown-1",
     "latency-1",
+    "links-1",
 }
 PLAN = {
     "version": 1,
@@ -169,6 +179,22 @@ def test_the_table_holds_every_number() -> None:
     assert [row[-1].text for row in table.rows] == ["worse", "cannot be told apart", "–"]
 
 
+def test_many_comparisons_are_counted(tmp_path: Path) -> None:
+    worse = {
+        "task": "t",
+        "metric": "solved",
+        "value": 0.4,
+        "baseline": 0.5,
+        "change": {"value": -0.1, "low": -0.2, "high": -0.05},
+    }
+    same = worse | {"change": {"value": -0.1, "low": -0.2, "high": 0.05}}
+    rows = [row | {"model": f"way {number}"} for number, row in enumerate([worse, *[same] * 14])]
+    text = report.write(put(tmp_path / "results.json", {"evaluation": rows}), tmp_path / "page").read_text()
+    assert "<li>Solved on t is 0.4000 for way 0, −10.0 points against the baseline" in text
+    assert "<li>14 of 15 differences to the baseline cannot be told from none.</li>" in text
+    assert text.count("<li>Solved on t") == 1 and '<figure id="plot-task-changes-t"' in text
+
+
 def test_the_front_holds_what_nothing_beats() -> None:
     points = [(0.2, 1.0), (0.3, 3.0), (0.4, 2.0), (0.5, 9.0), (0.5, 8.0), (0.1, 1.0)]
     assert measured.front(points) == [(0.2, 1.0), (0.4, 2.0), (0.5, 8.0)]
@@ -211,23 +237,44 @@ def test_sources_that_cannot_be_shown(tmp_path: Path) -> None:
     assert not (tmp_path / "page").exists()
 
 
-def browser() -> str:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium here: the page is looked at in a browser only where one is installed")
-    return found
+needs_browser = pytest.mark.skipif(
+    executable() is None, reason="no Chromium here: the page is looked at in a browser only where one is installed"
+)
+FIGURES = """[...document.querySelectorAll("figure")].map(figure => {
+  const [svg] = figure.querySelectorAll("svg"), box = svg.getBoundingClientRect();
+  return {id: figure.id, left: box.left, right: box.right, height: box.height,
+          marks: svg.querySelectorAll("path").length, words: svg.querySelector("desc").textContent.length};
+})"""
 
 
-@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desk"])
-def test_a_browser_shows_it_without_a_complaint(page: Path, tmp_path: Path, width: int) -> None:
-    shot = tmp_path / "page.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--hide-scrollbars"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600", f"--screenshot={shot}"]
-    done = subprocess.run([browser(), *options, page.as_uri()], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line or "Refused to" in line]
-    assert complaints == []
-    assert shot.stat().st_size > 20_000  # something was painted
+@needs_browser
+def test_a_browser_shows_every_plot_without_a_complaint(page: Path, tmp_path: Path) -> None:
+    drawn = {f"plot-{path.stem}" for path in (page.parent / "plots").glob("*.png")}
+    with browser(tmp_path / "profile") as tab:
+        for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
+            tab.show(page, width, scheme=scheme)
+            assert tab.complaints == []
+            assert [url for url in tab.requests if not url.startswith("data:")] == [page.as_uri()]
+            figures = tab.evaluate(FIGURES)
+            assert {figure["id"] for figure in figures} == drawn
+            for figure in figures:
+                assert figure["left"] >= -8 and figure["right"] <= width, (figure, width)  # in sight, not cut off
+                assert figure["height"] > 100 and figure["marks"] > 5 and figure["words"] > 20, figure
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            paper = tab.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+            bright = sum(map(int, re.findall(r"\d+", paper)[:3])) > 3 * 128
+            assert bright == (scheme == "light"), (paper, scheme)
+            assert tab.screenshot(tmp_path / f"{width}-{scheme}.png").stat().st_size > 20_000
+
+
+@needs_browser
+def test_the_browser_would_hear_a_complaint(tmp_path: Path) -> None:
+    bodies = ["<script>console.error('oh')</script>", "<script>nothing()</script>", "<img src='file:///nowhere.png'>"]
+    with browser(tmp_path / "profile") as tab:
+        for body in bodies:
+            (tmp_path / "page.html").write_text(f"<!doctype html><title>x</title>{body}")
+            tab.show(tmp_path / "page.html", 800)
+            assert tab.complaints, body
 
 
 SPARSITY = {
@@ -262,6 +309,13 @@ def test_calibrated_plans_are_one_picture(tmp_path: Path) -> None:
         ("cheap", 0.6, 0.01),
     ]
     assert found.layers[0].parts["ffn"] == [20.0, 0.5]
+    several = [("a", check({"tradeoffs": EVERYTHING["tradeoffs"] * 2})), ("plan", found), ("b", found)]
+    assert [(each.name, len(each.points)) for each in sources.together(several).tradeoffs] == [
+        ("a: SparseLoRA", 4),
+        ("a: SparseLoRA", 4),
+        ("plan: dear and cheap", 2),
+        ("b: dear and cheap", 2),
+    ]
     dear, cheap = (f"{name} leaves out {share}% of LoRA's FLOPs for +1.00% loss" for name, share in PLANS)
     assert verdict.headline(found) == f"{dear} and {cheap}."
     assert report.write(given, tmp_path / "page").is_file()

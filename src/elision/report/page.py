@@ -190,7 +190,12 @@ def _evaluation(measures: list[Measure]) -> Section:
         measured.changes(own, "-".join(["task-changes", *filter(None, [task])]), f"Change on {task or 'the tasks'}")
         for task, own in by_task.items()
     ]
-    told = [f"{verdict.capital(str(verdict.evaluated([each])))}." for each in measures if each.change is not None]
+    compared = [measure for measure in measures if measure.change is not None]
+    named = [measure for measure in compared if verdict.judged(measure) != "cannot be told apart"]
+    counted = f"{len(compared) - len(named)} of {len(compared)} differences to the baseline cannot be told from none"
+    many = len(compared) > READABLE_CHANGES
+    told = [f"{verdict.capital(str(verdict.evaluated([each])))}." for each in (named if many else compared)]
+    told += [f"{counted}."] if many else []
     return Section(
         anchor="evaluation",
         title="Quality, evaluated",

@@ -63,7 +63,6 @@ def together(results: Sequence[tuple[str, Results]]) -> Results:
     for label, run in results:
         merged["settings"] |= {f"{label}: {name}": value for name, value in run.settings.items()}
         merged["finetune"] = run.finetune or merged.get("finetune")
-        merged["tradeoffs"] = _joined([*merged.get("tradeoffs", []), *run.tradeoffs])
         for kind, field in (("spd", "model"), ("training", "name"), ("layers", "name")):
             for part in getattr(run, kind):
                 merged.setdefault(kind, []).append(part.model_copy(update={field: _named(label, getattr(part, field))}))
@@ -73,6 +72,7 @@ def together(results: Sequence[tuple[str, Results]]) -> Results:
         for kind in ("steps", "latency", "links"):
             merged.setdefault(kind, []).extend(getattr(run, kind))
         merged.setdefault("plans", {}).update({_named(label, name): plan for name, plan in run.plans.items()})
+    merged["tradeoffs"] = _joined([(label, each) for label, run in results for each in run.tradeoffs])
     return Results(**merged)
 
 
@@ -81,17 +81,18 @@ def _named(label: str, name: str) -> str:
     return name if name == label else f"{label}: {name}"
 
 
-def _joined(tradeoffs: Sequence[Tradeoff]) -> list[Tradeoff]:
-    """Trade-offs of the same saving for the same cost as one, so that several plans are one picture."""
-    found: dict[tuple[str, str], Tradeoff] = {}
-    for each in tradeoffs:
-        key = each.saving, each.cost
-        if key in found:
-            names = {"name": f"{found[key].name} and {each.name}", "points": [*found[key].points, *each.points]}
-            found[key] = found[key].model_copy(update=names)
+def _joined(tradeoffs: Sequence[tuple[str, Tradeoff]]) -> list[Tradeoff]:
+    """Trade-offs of several runs; those that are one plan each are one picture where they save and cost the same."""
+    found: list[Tradeoff] = []
+    places: dict[tuple[str, str], int] = {}
+    for label, each in tradeoffs:
+        place = places.setdefault((each.saving, each.cost), len(found)) if len(each.points) == 1 else len(found)
+        if place == len(found):
+            found.append(each if len(each.points) == 1 else each.model_copy(update={"name": _named(label, each.name)}))
         else:
-            found[key] = each
-    return list(found.values())
+            names = {"name": f"{found[place].name} and {each.name}", "points": [*found[place].points, *each.points]}
+            found[place] = found[place].model_copy(update=names)
+    return found
 
 
 def labels(sources: Sequence[str | Path]) -> list[str]:
@@ -130,11 +131,10 @@ def of_benchmark(values: Mapping[str, Any]) -> dict[str, Any]:
         return {"steps": values["rows"]}
     latency = []
     for link in values.get("links", [{"link": "this machine", **values}]):
-        whole = {row["workload"]: row["ms"] for row in link["rows"] if row["variant"] == "all syncs"}
         for row in link["rows"]:
-            ideal, base = row.get("ideal_ms"), whole.get(row["workload"])
+            ideal = row.get("ideal_ms")
             if "saved_ms" in row:  # there the ideal is a saving, here it is a time
-                ideal = base - ideal if ideal and base is not None else None
+                ideal = row["ms"] + row["saved_ms"] - ideal if ideal else None
             named = {"variant": row["variant"], "phase": row["workload"], "link": link["link"], "ms": row["ms"]}
             latency.append({**named, "ranks": values.get("ranks", 0), "ideal_ms": ideal})
     return {"latency": latency}

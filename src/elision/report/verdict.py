@@ -255,6 +255,7 @@ def evaluated(measures: Sequence[Measure]) -> str | None:
     is_ = next((measure for measure in measures if measure.change is not None), measures[0])
     value = number(is_.value, 4 if abs(is_.value) < 10 else 2)
     clause = f"{is_.metric} on {is_.task} is {value}"
+    clause += f" for {is_.model}" if is_.model else ""
     if is_.change is None or is_.baseline is None:
         return clause
     against = f"{difference(is_.change.value, is_.relative)} against the baseline"
