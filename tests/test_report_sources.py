@@ -16,6 +16,7 @@ from elision.errors import InputError
 from elision.report import measured, sources, tables, verdict
 from elision.report.results import Bounds, Measure, check
 from tests.browser import browser, executable
+from tests.test_report import measured as measured_by_the_demo
 
 MEASURES = [
     {
@@ -248,7 +249,10 @@ FIGURES = """[...document.querySelectorAll("figure")].map(figure => {
 
 
 @needs_browser
-def test_a_browser_shows_every_plot_without_a_complaint(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["several sources", "the demo"])
+def test_a_browser_shows_every_plot_without_a_complaint(kind: str, page: Path, tmp_path: Path) -> None:
+    if kind == "the demo":
+        page = report.write(put(tmp_path / "demo" / "results.json", measured_by_the_demo()).parent)
     drawn = {f"plot-{path.stem}" for path in (page.parent / "plots").glob("*.png")}
     with browser(tmp_path / "profile") as tab:
         for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
