@@ -2,7 +2,8 @@
 
     python benchmarks/tp_latency.py                       all links: half an hour and more on four idle cores
     python benchmarks/tp_latency.py --quick               a tiny model, few turns, to see that all of it runs
-    python benchmarks/tp_latency.py --out results.json    keep the JSON line in a file too
+    python benchmarks/tp_latency.py --out results.json    keep the JSON line there, and a page beside it; a killed run
+                                                          goes on with the links that are missing
     python benchmarks/tp_latency.py --vllm PYTHON         all-reduces in vLLM's shared memory too, in that environment
 
 A Llama of 42 M parameters in 12 blocks with random weights, fp32, gloo. A link of 10 Gbit, 1 Gbit or 200 Mbit is a
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import platform
@@ -37,13 +39,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import tp_latency_report
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -52,6 +55,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+from elision import files
 from elision.blocks import decoder
 from elision.spd import SyncPlan
 from elision.spd.block import plain_block, shard, span, spd_block
@@ -67,7 +71,6 @@ RATES = {"loopback": None, "10gbit": 10_000_000_000, "1gbit": 1_000_000_000, "20
 WORK = (Workload(1, 32, 24), Workload(8, 32, 24), Workload(1, 128), Workload(1, 512))
 QUICK = (Workload(1, 8, 2), Workload(2, 8))
 PLAN = SyncPlan(RANKS, tuple(range(1, 9)))
-BARS = {"decode, loopback": 0.18, "prefill 512, 1 Gbit": 0.28, "of the ideal": 0.95, "empty plan": 0.02}
 
 
 def config(quick: bool) -> LlamaConfig:
@@ -182,7 +185,11 @@ def rank_main(place: str, out: str, turns: int, quick: bool) -> None:
             torch.testing.assert_close(bare(ids).logits, expected, rtol=1e-4, atol=1e-4)
         variants[name] = lambda workload, bare=bare: latency.timed(bare, workload)
     work = QUICK if quick else WORK
-    times = latency.compare(variants, work, turns)
+    times: dict[str, dict[str, list[float]]] = {}
+    for workload in work:
+        if rank == 0:
+            print(f"{workload.name}: {turns} turns of {len(variants)} variants", file=sys.stderr, flush=True)
+        times |= latency.compare(variants, [workload], turns)
     link, _ = latency.probe(turns=5 if quick else 30)
 
     def int8_sync(tensor: Tensor) -> Tensor:
@@ -364,36 +371,12 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def verdicts(links: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each bar with what was measured; a saving is held against the ideal where that exceeds the noise."""
-    by = {(f["link"], row["workload"], row["variant"]): row for f in links for row in f["rows"]}
-    found = []
-
-    def bar(name: str, value: float, limit: float, least: bool = True) -> None:
-        found.append({"bar": name, "value": value, "limit": limit, "met": value >= limit if least else value <= limit})
-
-    for (link, workload, variant), row in by.items():
-        if variant == "all dropped" and link == "loopback" and workload.startswith("decode"):
-            bar(f"all dropped, {workload}, {link}", row["saved"], BARS["decode, loopback"])
-        if variant == "all dropped" and link == "1gbit" and workload.startswith("prefill 512"):
-            bar(f"all dropped, {workload}, {link}", row["saved"], BARS["prefill 512, 1 Gbit"])
-        if variant in ("plan", "all dropped"):
-            noise = row["quartiles_ms"][1] - row["quartiles_ms"][0]
-            if row["ideal_ms"] > noise:
-                share = row["saved_ms"] / row["ideal_ms"]
-                bar(f"of the ideal: {variant}, {workload}, {link}", share, BARS["of the ideal"])
-        if variant == "transformers":
-            over = by[link, workload, "all syncs"]["ms"] / row["ms"] - 1
-            bar(f"empty plan over transformers, {workload}, {link}", over, BARS["empty plan"], least=False)
-    return found
-
-
 def main() -> None:
     """Measure link by link; tables, bars, one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--links", default=",".join(RATES), help=f"of {', '.join(RATES)}; comma-separated")
     parser.add_argument("--turns", type=int, default=15, help="turns of each variant")
-    parser.add_argument("--out", type=Path, help="file for the JSON line")
+    parser.add_argument("--out", type=Path, help="file for the JSON line, with a page beside it")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two turns")
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
@@ -408,38 +391,56 @@ def main() -> None:
     if unknown := [name for name in given.links.split(",") if name not in RATES]:
         parser.error(f"--links {unknown[0]} is not known: use {', '.join(RATES)}")
     console = Console(width=150)
-    links = []
+    about = {"machine": processor(), "cores": len(os.sched_getaffinity(0)), "date": str(datetime.date.today())}
+    about |= {"torch": torch.__version__, "quick": given.quick, "turns": turns}
+    found: dict[str, Any] = {"benchmark": "tp_latency", **about, "bars": [], "links": [], "vllm": None}
+    if given.out and given.out.exists():
+        before = json.loads(given.out.read_text(encoding="utf-8"))
+        if any(before.get(key) != found[key] for key in ("machine", "cores", "torch", "quick", "turns")):
+            parser.error(f"--out {given.out} has a run under other settings: give another file, or delete it")
+        found = before
+
+    def keep() -> None:
+        if given.out:
+            files.write_text(given.out, json.dumps(found) + "\n")
+            tp_latency_report.write(given.out)
+
     with tempfile.TemporaryDirectory() as place:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config(given.quick))
-        parameters = model.num_parameters()
+        found["parameters"] = model.num_parameters()
         model.save_pretrained(place)
         for name in given.links.split(","):
-            try:
-                links.append(measure(place, name, turns, given.quick))
-            except LinkRefused as refused:
-                console.print(f"{name} skipped: {refused}")
-                continue
-            show(links[-1], console)
-    shared = None
-    if given.vllm:
+            if all(link["link"] != name for link in found["links"]):
+                load = os.getloadavg()[0]
+                try:
+                    found["links"].append({**measure(place, name, turns, given.quick), "load": load})
+                except LinkRefused as refused:
+                    console.print(f"{name} skipped: {refused}")
+                    continue
+                # two turns of a tiny model meet or miss nothing
+                found["bars"] = [] if given.quick else tp_latency_report.verdicts(found["links"])
+                keep()
+            show(next(link for link in found["links"] if link["link"] == name), console)
+    if given.vllm and not found["vllm"]:
         with joined(None) as ends:
-            shared = run(ends, given.vllm, ["--shared-memory"], given.quick)
-        for row in shared:
-            console.print(f"vLLM's shared memory, {row['workload']}: one all-reduce {row['all_reduce_ms']:.3f} ms")
-    bars = [] if given.quick else verdicts(links)  # two turns of a tiny model meet or miss nothing
-    for each in bars:
-        console.print(
-            f"{'met ' if each['met'] else 'MISSED'}  {each['bar']}: {each['value']:.1%} ({each['limit']:.0%})"
-        )
-    about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
-    about |= {"torch": torch.__version__, "parameters": parameters, "quick": given.quick, "turns": turns}
-    line = json.dumps({"benchmark": "tp_latency", **about, "bars": bars, "links": links, "vllm": shared})
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(line + "\n", encoding="utf-8")
-    print(line)
+            found["vllm"] = run(ends, given.vllm, ["--shared-memory"], given.quick)
+        keep()
+    for row in found["vllm"] or []:
+        console.print(f"vLLM's shared memory, {row['workload']}: one all-reduce {row['all_reduce_ms']:.3f} ms")
+    for each in found["bars"]:
+        word = "met " if each["met"] else "MISSED"
+        console.print(f"{word}  {each['bar']}: {each['value']:.1%} ({each['limit']:.0%})")
+    print(json.dumps(found))
     return None
+
+
+def processor() -> str:
+    """The processor's name as Linux tells it, else the architecture."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.machine()
 
 
 if __name__ == "__main__":
