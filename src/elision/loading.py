@@ -19,23 +19,34 @@ def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
         InputError: no such model, an unsupported family, weights that are missing or truncated or were made for an SPD
             plan, no tokenizer.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not known: use {', '.join(DTYPES)}")
+    precision = named_dtype(dtype)
     config = load_config(source)
     if reason := refusal(config, "sparselora"):  # the wider of the two methods: what it cannot view, neither can
         raise InputError(reason)
     check_original(config, source)
     name = model_path(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=precision)
     except Exception as error:  # safetensors, the hub client and config classes share no error class
         raise InputError(
             f"weights of model {source} cannot be read ({_line(error)}): fetch or save it again"
         ) from error
     return model, load_tokenizer(source)
+
+
+def named_dtype(name: str) -> Any:
+    """The torch dtype of that name.
+
+    Raises:
+        InputError: it is none of DTYPES.
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is not known: use {', '.join(DTYPES)}")
+    return getattr(torch, name)
 
 
 def load_tokenizer(source: str) -> Any:

@@ -1,134 +1,225 @@
-"""Models larger than memory: a decoder layer is read from the checkpoint when its turn comes, and let go after it.
+"""Models larger than memory: each block's weights stay in safetensors files until the block is visited.
 
-`load_streamed` builds the model with everything but its layers in memory. A layer is read, from the checkpoint's own
-safetensors files, by a hook before its forward, or by `resident(layer)` around other uses; the layer before it goes
-back to the meta device then. So at most one is in memory, whatever walks over the model: a measurement that visits each
-layer once a batch (layerwise.py) reads the checkpoint once a batch, a plain forward once a forward.
-
-For measuring only: a model without memory of its own cannot be trained.
+`open_streamed` builds a model without memory for its blocks. `resident(layer)` reads a block's weights for the time of
+a visit and gives the memory back; a plain forward does so by itself, block by block. So a walk that visits each block
+once for all that is to go through it (layerwise.py) needs one block's weights, the embeddings, the head and its own
+activations, and reads the checkpoint once. The next block's bytes are announced to the operating system, which fetches
+them meanwhile into memory that it may take back. Files are read, not mapped, so that the process's own memory is what
+it looks like.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from elision.blocks import decoder, load_config, model_path, refusal
 from elision.errors import InputError
-from elision.families import load_config, model_path, refusal
+from elision.families import check_original
+
+STREAM = "_elision_stream"  # a streamed layer's attribute, the reader of its weights
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def load_streamed(source: str, dtype: str = "bfloat16") -> tuple[Any, Any]:
-    """(model, tokenizer) of a directory, a downloaded Hugging Face id or "reference"; layers stay on disk.
+class Place(NamedTuple):
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int  # bytes
+
+    def read(self) -> Tensor:
+        """The tensor there, in memory of its own."""
+        raw = torch.empty(self.size, dtype=torch.uint8)
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.start)
+            view, done = raw.numpy(), 0
+            while done < self.size:
+                got = file.readinto(view[done:].data)
+                if not got:
+                    raise InputError(f"{self.file} is truncated: fetch or save it again")
+                done += got
+        return raw.view(self.dtype).view(self.shape)
+
+    def announce(self) -> None:
+        """Tell the operating system that it will be read soon."""
+        if hasattr(os, "posix_fadvise"):  # no Linux: reading works without
+            with suppress(OSError), open(self.file, "rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), self.start, self.size, os.POSIX_FADV_WILLNEED)
+
+
+def places(file: Path) -> dict[str, Place]:
+    """Every tensor that a safetensors file's header lists: its length (8 bytes, little endian), then JSON.
 
     Raises:
-        InputError: no such model, an unsupported family, no safetensors files, or one that lacks a weight.
+        InputError: it is no such file, or holds tensors that are not floating point.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        return {
+            name: Place(
+                file,
+                _DTYPES[entry["dtype"]],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        }
+    except (OSError, ValueError, MemoryError, OverflowError):
+        raise InputError(f"{file} is no safetensors file, or a truncated one: fetch or save it again") from None
+    except KeyError as error:
+        raise InputError(f"{file} holds tensors of type {error}: load the model without streaming") from None
 
-    from elision.blocks import decoder
 
-    config = load_config(source)
-    if reason := refusal(config, "sparselora"):
-        raise InputError(reason)
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"model {source} is quantised: stream the unquantised one, or load this whole")
-    checkpoint = _Checkpoint(source, getattr(torch, dtype))
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype)
-    layers = {id(block.layer): block.layer for block in decoder(model).blocks}
-    names = {id(module): name for name, module in model.named_modules()}
-    inside = tuple(f"{names[key]}." for key in layers)
-    for name, parameter in list(model.named_parameters()):
-        if not name.startswith(inside) and (name in checkpoint.files or not config.tie_word_embeddings):
-            _put(model, name, checkpoint.read(name), parameter)
-    model.tie_weights()
-    shelf: list[_Reader] = []
-    for key, layer in layers.items():
-        layer.register_forward_pre_hook(_Reader(layer, names[key], checkpoint, shelf))
-    return model.eval(), AutoTokenizer.from_pretrained(model_path(source))
+class Stream:
+    """One layer's weights: on the meta device, or in memory while somebody uses them."""
+
+    def __init__(self, places: Mapping[str, Place], dtype: torch.dtype, device: str | torch.device) -> None:
+        self.places, self.device = places, device
+        self.dtype: torch.dtype | None = dtype  # None: each as it lies there
+        self.users = 0
+        self.following: Stream | None = None
+
+    def enter(self, layer: nn.Module) -> None:
+        """Give the layer its weights, if it is the first to ask."""
+        self.users += 1
+        if self.users > 1:
+            return
+        for name, place in self.places.items():
+            _assign(layer, name, place.read().to(self.device, self.dtype))
+        for place in self.following.places.values() if self.following else ():
+            place.announce()
+
+    def leave(self, layer: nn.Module) -> None:
+        """Take them away, if nobody else needs them."""
+        self.users -= 1
+        if not self.users:
+            for name, place in self.places.items():
+                _assign(layer, name, torch.empty(place.shape, dtype=self.dtype or place.dtype, device="meta"))
+
+    def attach(self, layer: nn.Module) -> None:
+        """Serve the layer from now on."""
+        vars(layer)[STREAM] = self
+        layer.register_forward_pre_hook(self._before)
+        layer.register_forward_hook(self._after, always_call=True)
+
+    # A forward that stands in for the layer's own, to note what it is given or to simulate, knows what it needs.
+    def _before(self, layer: nn.Module, *_: Any) -> None:
+        if "forward" not in vars(layer):
+            self.enter(layer)
+
+    def _after(self, layer: nn.Module, *_: Any) -> None:
+        if "forward" not in vars(layer):
+            self.leave(layer)
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def is_streamed(layer: nn.Module) -> bool:
+    """Whether the layer's weights are read from a file when they are needed."""
+    return STREAM in vars(layer)
 
 
 @contextmanager
 def resident(layer: nn.Module) -> Iterator[None]:
-    """`layer` with its weights in memory; does nothing where the model is not streamed."""
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, _Reader):
-            hook(layer, ())
-    yield
+    """The layer's weights are in memory inside; afterwards they are not, where the model is streamed."""
+    stream: Stream | None = vars(layer).get(STREAM)
+    if stream is None:
+        yield
+        return
+    try:
+        stream.enter(layer)
+        yield
+    finally:
+        stream.leave(layer)
 
 
-def streamed(layer: nn.Module) -> bool:
-    """Whether the weights of `layer` are read from disk when needed."""
-    return any(isinstance(hook, _Reader) for hook in layer._forward_pre_hooks.values())
+def open_streamed(
+    source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """A causal LM whose blocks' weights are read when they are visited.
 
+    Args:
+        source: a directory with safetensors, a Hugging Face id or "reference".
+        dtype: of the weights in memory; the checkpoint's own by default.
+        device: where blocks compute and the embeddings and the head stay.
 
-class _Reader:
-    """Brings one layer in, and sends the one before away. `shelf` holds the reader whose layer is in memory."""
+    Raises:
+        InputError: no such model, a family that is not supported, tensors that are missing, truncated, quantised or of
+            another shape than the model's.
+    """
+    from accelerate import init_empty_weights  # not at import: a serving process may not have accelerate
 
-    def __init__(self, layer: nn.Module, name: str, checkpoint: _Checkpoint, shelf: list[_Reader]) -> None:
-        self.layer, self.name, self.checkpoint, self.shelf = layer, name, checkpoint, shelf
-
-    def __call__(self, layer: nn.Module, args: Any) -> None:
-        if self.shelf == [self]:
-            return
-        while self.shelf:
-            self.shelf.pop().let_go()
-        for name, parameter in list(self.layer.named_parameters()):
-            _put(self.layer, name, self.checkpoint.read(f"{self.name}.{name}"), parameter)
-        self.shelf.append(self)
-
-    def let_go(self) -> None:
-        for name, parameter in list(self.layer.named_parameters()):
-            _put(self.layer, name, torch.empty_like(parameter, device="meta"), parameter)
-
-
-class _Checkpoint:
-    """The safetensors files of a model: which file holds which weight."""
-
-    def __init__(self, source: str, dtype: torch.dtype) -> None:
-        from safetensors import safe_open
-        from transformers.utils.hub import cached_file
-
-        self.source, self.dtype = source, dtype
-        self.files: dict[str, Path] = {}
-        directory = Path(model_path(source))
-        index = directory / "model.safetensors.index.json"
-        if not directory.is_dir():
-            found = cached_file(
-                str(directory), "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False
+    config = load_config(source)
+    if reason := refusal(config, "sparselora"):  # the wider of the two methods: what it cannot view, neither can
+        raise InputError(reason)
+    check_original(config, source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"model {source} is quantised: stream the unquantised one, or load this whole")
+    found = _checkpoint(model_path(source))
+    with init_empty_weights():  # buffers are real: rotations have some
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    view = decoder(model.eval())
+    names = {module: name for name, module in model.named_modules()}
+    own: dict[str, Place] = {}
+    shared = set(model.all_tied_weights_keys)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in shared:
+            continue
+        place = found.get(name) or found.get(name.removeprefix(f"{model.base_model_prefix}."))  # as older ones have it
+        if place is None:
+            raise InputError(f"model {source} holds no tensor {name}: save it again, with save_pretrained")
+        if place.shape != tuple(parameter.shape):
+            raise InputError(
+                f"model {source}: {name} has shape {place.shape}, the config makes it {tuple(parameter.shape)}: "
+                "give a checkpoint that is whole"
             )
-            index = Path(found or directory).parent / "model.safetensors.index.json"
-        if index.is_file():
-            held = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self.files = {name: index.parent / file for name, file in held.items()}
-        elif (single := index.with_name("model.safetensors")).is_file():
-            with safe_open(single, "pt") as file:
-                self.files = dict.fromkeys(file.keys(), single)
-        else:
-            raise InputError(f"model {source} has no safetensors files on this machine: download it, or save it anew")
+        own[name] = place
+    before: Stream | None = None
+    for block in view.blocks:
+        prefix = f"{names[block.layer]}."
+        inside = {key.removeprefix(prefix): own.pop(key) for key in list(own) if key.startswith(prefix)}
+        stream = Stream(inside, model.dtype, device)
+        stream.attach(block.layer)
+        if before is not None:
+            before.following = stream
+        before = stream
+    for key, place in own.items():
+        _assign(model, key, place.read().to(device, model.dtype))
+    model.tie_weights()
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+    return model
 
-    def read(self, name: str) -> Tensor:
-        from safetensors import safe_open
 
-        if name not in self.files:
-            raise InputError(f"weights of model {self.source} lack {name}: load the model whole, without streaming")
-        with safe_open(self.files[name], "pt") as file:
-            return file.get_tensor(name).to(self.dtype)
-
-
-def _put(module: nn.Module, name: str, value: Tensor, old: nn.Parameter) -> None:
-    """Make `value` the parameter `name` (dotted) of `module`, which must have its shape."""
-    if value.shape != old.shape:
-        raise InputError(
-            f"weight {name} has shape {tuple(value.shape)}, not {tuple(old.shape)}: the config is another's"
-        )
-    *path, last = name.split(".")
-    holder = module.get_submodule(".".join(path))
-    holder._parameters[last] = nn.Parameter(value, requires_grad=old.requires_grad)
+def _checkpoint(source: str) -> dict[str, Place]:
+    """Every tensor of a directory's safetensors, or of a Hugging Face id's, which are fetched if need be."""
+    directory = Path(source).expanduser()
+    if not directory.is_dir():
+        directory = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    found: dict[str, Place] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        found |= places(file)
+    if not found:
+        raise InputError(f"{directory} holds no safetensors: save the model with save_pretrained")
+    return found

@@ -193,28 +193,21 @@ def test_the_plan_carries_what_was_measured(tmp_path: Path) -> None:
     assert quick(planted(model, {0: ("ffn",)}), flops=0.9).calibration != found
 
 
-def test_a_model_on_disk_is_measured_layer_by_layer(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from elision import reference_model
-
+def test_a_model_on_disk_is_measured_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.base("llama", torch.float32, num_hidden_layers=3)
     model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(reference_model.PATH).save_pretrained(tmp_path)
-    streamed, _ = streaming.load_streamed(str(tmp_path), "float32")
+    streamed = streaming.open_streamed(tmp_path, dtype=torch.float32)
     held: list[int] = []
-    read = streaming._Reader.__call__
+    enter = streaming.Stream.enter
 
-    def count(reader: Any, *args: Any) -> None:
-        read(reader, *args)
-        held.append(sum(p.device.type != "meta" for b in blocks.decoder(streamed).blocks for p in b.layer.parameters()))
+    def count(stream: streaming.Stream, layer: torch.nn.Module) -> None:
+        enter(stream, layer)
+        held.append(sum(not p.is_meta for block in blocks.decoder(streamed).blocks for p in block.layer.parameters()))
 
-    streaming._Reader.__call__ = count  # type: ignore[method-assign]
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.Stream, "enter", count)
         settings = {"flops": 0.95, "grid": GRID, "selection": "sampled", "dense_steps": 0.0, "quiet": True}
         found = calibrate(streamed, data(), **settings)
-    finally:
-        streaming._Reader.__call__ = read  # type: ignore[method-assign]
     assert found == calibrate(model.eval(), data(), **settings)
     one_layer = len(list(blocks.decoder(model).blocks[0].layer.parameters()))
     assert set(held) == {one_layer}

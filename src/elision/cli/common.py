@@ -67,17 +67,22 @@ RunDirectory = Annotated[
 ]
 
 
-def load(model: str, dtype: str = "float32") -> tuple[Any, Any]:
-    """Model and tokenizer, without the libraries' own bars and warnings."""
+def load(model: str, dtype: str = "float32", *, stream: bool = False, device: str = "cpu") -> tuple[Any, Any]:
+    """Model and tokenizer, without the libraries' own bars and warnings; `stream` leaves the blocks on disk."""
     import warnings
 
     from transformers.utils import logging
 
-    from elision.loading import load_model
+    from elision.loading import load_model, load_tokenizer, named_dtype
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    return load_model(model, dtype)
+    if stream:
+        from elision.streaming import open_streamed
+
+        return open_streamed(model, dtype=named_dtype(dtype), device=device), load_tokenizer(model)
+    loaded, tokenizer = load_model(model, dtype)
+    return loaded.to(device), tokenizer
 
 
 def show(values: Mapping[str, Any], as_json: bool, text: Any = None) -> None:

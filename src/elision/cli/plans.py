@@ -196,12 +196,7 @@ def _load(
     from elision.data import collate, encode, load_examples
 
     examples = load_examples(data)
-    if stream:
-        from elision.streaming import load_streamed
-
-        loaded, tokenizer = load_streamed(model, dtype)
-    else:
-        loaded, tokenizer = load(model, dtype)
+    loaded, tokenizer = load(model, dtype, stream=stream)
     encoded = encode(tokenizer, examples[:: max(1, len(examples) // rows)][:rows], max_length)
     return loaded, [collate(encoded[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(encoded), batch)]
 

@@ -68,7 +68,7 @@ def calibrate(
     from elision.spd.calibration import Limit
 
     limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing)
-    loaded, tokenizer = _open(model, dtype, stream)
+    loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
     workload = _workload(loaded, ranks, probe, alpha, beta, step_ms, step_tokens)
     batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
     if workload is not None and (reason := workload.refusal()):
@@ -142,7 +142,7 @@ def heal(
     planned = spd.SyncPlan.load(plan)
     recipe = spd.Recipe(epochs=epochs, lr=lr, seed=seed, correction=correction, lora=lora, polish=polish)
     check_replaceable(out)
-    loaded, tokenizer = _open(model, dtype, stream=False)
+    loaded, tokenizer = load(model, dtype, device=_device())
     batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
     if dry_run:
         from elision.cli import estimates
@@ -161,20 +161,11 @@ def heal(
     show({"checkpoint": str(out), **_summary(healed.plan)}, as_json, f"{_said(healed.plan)}: {out}")
 
 
-def _open(model: str, dtype: str, stream: bool) -> tuple[Any, Any]:
-    """Model and tokenizer, the model on the GPU where there is one."""
+def _device() -> str:
+    """The GPU where there is one."""
     import torch
 
-    from elision.loading import DTYPES, load_tokenizer
-    from elision.spd import open_streamed
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not stream:
-        loaded, tokenizer = load(model, dtype)
-        return loaded.to(device), tokenizer
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not known: use {', '.join(DTYPES)}")
-    return open_streamed(model, dtype=getattr(torch, dtype), device=device), load_tokenizer(model)
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _texts(tokenizer: Any, text: list[Path], held_out: list[Path] | None, rows: int, tokens: int) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from elision.spd.proxies import order, scores
 from elision.spd.regroup import regroup, ungroup
 from elision.spd.sensitivity import Sensitivity, curve, sensitivities, sensitivity
 from elision.spd.simulate import Simulation, simulate
-from elision.spd.streamed import open_streamed
+from elision.streaming import open_streamed
 
 __all__ = [
     "Calibration",

@@ -41,7 +41,6 @@ from elision.spd.block import add_residual, attention_share, mlp_share, spd_outp
 from elision.spd.plan import EXCLUSIVE, SyncPlan
 from elision.spd.sensitivity import ascending, covered_by_all, sequential
 from elision.spd.simulate import Simulation, check_plain, head_outputs, local_block
-from elision.spd.streamed import resident
 from elision.spd.streams import (
     IGNORED,
     Batch,
@@ -52,6 +51,7 @@ from elision.spd.streams import (
     next_tokens,
     treat,
 )
+from elision.streaming import resident
 
 Method = Literal["sequential", "single", "fisher", "output_error", "integrated"]
 GROUPS = 2  # of blocks that "integrated" moves together
@@ -145,7 +145,7 @@ def _batch(view: Decoder, batch: Batch, ways: Sequence[tuple[str, int]], fisher:
         calls = layer_calls(view, inputs)
         streams = [calls[0][0]]
         for block, (_, kwargs) in zip(view.blocks, calls, strict=True):
-            with resident(block):
+            with resident(block.layer):
                 streams.append(block.layer(streams[-1], **kwargs))
     real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     loss, gradient = 0.0, torch.zeros(())
@@ -160,7 +160,7 @@ def _batch(view: Decoder, batch: Batch, ways: Sequence[tuple[str, int]], fisher:
     found = torch.zeros(len(ways), len(view.blocks), 2, dtype=torch.float64)
     for block, (_, kwargs) in reversed(list(zip(view.blocks, calls, strict=True))):
         index = block.index
-        with resident(block):
+        with resident(block.layer):
             x, y = streams[index].detach(), streams[index + 1].detach()
             with torch.no_grad():
                 for i, (how, ranks) in enumerate(ways):

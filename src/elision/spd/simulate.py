@@ -39,7 +39,7 @@ from elision.spd.block import (
 from elision.spd.corrections import Correction, correction_of
 from elision.spd.int8 import all_reduce
 from elision.spd.plan import SyncPlan
-from elision.spd.streamed import is_streamed
+from elision.streaming import is_streamed
 
 
 def simulate(model: nn.Module, plan: SyncPlan) -> Simulation:
@@ -127,7 +127,7 @@ def facts(view: Decoder) -> ModelFacts:
 def check_plain(block: Block, *, streamed: bool = False) -> None:
     """Raise InputError unless `block` can be split into ranks here: its own forward, plain weights, all present.
 
-    `streamed`: weights may be absent where they are read from the checkpoint when they are needed (streamed.py).
+    `streamed`: weights may be absent where they are read from the checkpoint when they are needed (streaming.py).
     """
     if "forward" in vars(block.layer) or "forward" in vars(block.o.base):
         raise InputError(
@@ -138,7 +138,9 @@ def check_plain(block: Block, *, streamed: bool = False) -> None:
         where = f"block {block.index}'s {name} projection"
         if projection.module is not projection.base:
             raise InputError(f"{where} carries an adapter: merge it first, with model.merge_and_unload()")
-        if projection.weight.is_meta and not (streamed and is_streamed(block)):  # reading refuses what is quantised
+        if projection.weight.is_meta and not (
+            streamed and is_streamed(block.layer)
+        ):  # reading refuses what is quantised
             raise InputError(f"{where} is offloaded: load the model without a device_map, or calibrate it streamed")
 
 

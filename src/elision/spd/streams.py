@@ -9,7 +9,7 @@ Plans for different numbers of ranks, int8 syncs and skipped attention are told 
 measures several N and shares their dense prefix. For the suffixes {i..L-1} of the sequential sensitivity this is
 METHODS 2.2's cost exactly: the dense prefix is run once and every plan starts from it, L/2 + 1.5 forward passes in all
 (output heads apart) instead of L + 1. Blocks are visited once, in order, for all plans, so that a model larger than
-memory needs one block's weights at a time (streamed.py). The price is memory: one activation per plan for the batch
+memory needs one block's weights at a time (streaming.py). The price is memory: one activation per plan for the batch
 at hand.
 
 Beside perplexity stands the mean KL divergence from the dense model, KL(dense || plan): it moves before perplexity
@@ -42,7 +42,7 @@ from elision.progress import progress
 from elision.spd.corrections import Correction, correction_of
 from elision.spd.plan import SyncPlan
 from elision.spd.simulate import Simulation, check_plain
-from elision.spd.streamed import resident
+from elision.streaming import resident
 
 Batch = Mapping[str, Tensor]
 Sums = Sequence[float]  # summed loss, summed KL divergence
@@ -127,7 +127,7 @@ def last_hidden(view: Decoder, batches: Sequence[Batch]) -> list[Tensor]:
             calls = layer_calls(view, {name: batch[name].to(view.model.device) for name in INPUTS if name in batch})
             hidden = calls[0][0]
             for block, (_, kwargs) in zip(view.blocks, calls, strict=True):
-                with resident(block):
+                with resident(block.layer):
                     hidden = block.layer(hidden, **kwargs)
             found.append(hidden)
     return found
@@ -148,7 +148,7 @@ def _sums(
     streams: list[tuple[list[int], Tensor]] = [(list(range(len(ways))), calls[0][0])]
     for block, (_, kwargs) in zip(view.blocks, calls, strict=True):
         split = []
-        with resident(block):
+        with resident(block.layer):
             while streams:
                 members, hidden = streams.pop(0)
                 parts: dict[Way, list[int]] = {}
@@ -282,7 +282,7 @@ def hash_weights(digest: Any, view: Decoder) -> None:
         if not name.startswith(tuple(layers)):
             hash_tensor(digest, name, tensor)
     for prefix, block in layers.items():
-        with resident(block):
+        with resident(block.layer):
             for name, tensor in block.layer.state_dict().items():
                 hash_tensor(digest, f"{prefix}{name}", tensor)
 

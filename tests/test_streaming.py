@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from elision import InputError
 from elision.blocks import decoder
+from elision.layerwise import layer_calls
 from elision.spd import SyncPlan, calibrate, open_streamed, simulate
-from elision.spd.streamed import resident
+from elision.streaming import Stream, resident
 from tests.spd.test_calibration import APART
 from tests.spd.test_sensitivity import DATA
 from tests.spd.tiny import tiny
@@ -47,12 +48,41 @@ def test_a_block_is_resident_only_while_it_is_visited(tmp_path):
     model = tiny("llama")
     model.save_pretrained(tmp_path)
     block = decoder(open_streamed(tmp_path, dtype=torch.float32)).blocks[1]
-    with resident(block):
-        with resident(block):
+    with resident(block.layer):
+        with resident(block.layer):
             pass
         assert block.o.weight.dtype == torch.float32 and not block.o.weight.is_meta
         torch.testing.assert_close(block.o.weight.double(), decoder(model).blocks[1].o.weight, rtol=1e-6, atol=1e-7)
     assert block.o.weight.is_meta
+
+
+def test_a_plain_forward_reads_block_by_block(tmp_path, monkeypatch):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    streamed = open_streamed(tmp_path)
+    layers = [block.layer for block in decoder(streamed).blocks]
+    held, enter = [], Stream.enter
+
+    def count(stream: Stream, layer: torch.nn.Module) -> None:
+        enter(stream, layer)
+        held.append([not next(each.parameters()).is_meta for each in layers])
+
+    monkeypatch.setattr(Stream, "enter", count)
+    with torch.no_grad():
+        assert torch.equal(streamed(**DATA[0]).logits, model(**DATA[0]).logits)
+    assert held == torch.eye(3).bool().tolist()
+    held.clear()
+    layer_calls(decoder(streamed), DATA[0])  # only notes what blocks would be given
+    assert not held and all(parameter.is_meta for layer in layers for parameter in layer.parameters())
+
+
+def test_weights_are_let_go_after_a_failure(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    streamed = open_streamed(tmp_path)
+    layer = decoder(streamed).blocks[0].layer
+    with pytest.raises(RuntimeError):
+        layer(torch.zeros(1, 1, 5, dtype=torch.float64))  # of another width
+    assert all(parameter.is_meta for parameter in layer.parameters()) and layer._elision_stream.users == 0
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +108,7 @@ def test_a_model_larger_than_memory_calibrates(large, tmp_path):
     weights = sum(file.stat().st_size for file in large.glob("*.safetensors")) / 2**20
     allowed = 80.0  # MB: two blocks are 20; activations, garbage and what is imported late take the rest
     assert weights > 2.5 * allowed
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     paths = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
