@@ -6,6 +6,9 @@ once for all that is to go through it (layerwise.py) needs one block's weights, 
 activations, and reads the checkpoint once. The next block's bytes are announced to the operating system, which fetches
 them meanwhile into memory that it may take back. Files are read, not mapped, so that the process's own memory is what
 it looks like.
+
+A visitor that changes the weights of a block writes them to a file of its own and says so with `relocate`: the
+checkpoint stays what it was, later visits read that file.
 """
 
 from __future__ import annotations
@@ -151,6 +154,12 @@ def resident(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         stream.leave(layer)
+
+
+def relocate(layer: nn.Module, file: Path) -> None:
+    """From now on a streamed layer's weights are what `file`, safetensors of all its parameters, holds."""
+    stream: Stream = vars(layer)[STREAM]
+    stream.places, stream.dtype = places(file), None
 
 
 def open_streamed(

@@ -125,6 +125,7 @@ def healing(
     from elision.spd.calibration import expected
     from elision.spd.simulate import covered, facts
     from elision.spd.student import Student, cut, training
+    from elision.streaming import resident
 
     view = covered(model, plan.ranks)
     plan.check(facts(view))
@@ -135,9 +136,9 @@ def healing(
     layers, seconds, kept = len(view.blocks), 0.0, 0
     if distilled:
         (source,) = sources(view, batches[:1])
-        student = Student(view.blocks[distilled[0]], bare)
-        target = student(source.embedded, source.kwargs[distilled[0]]).detach() * 1.1  # any: the work is the same
-        with training([student]):
+        block = view.blocks[distilled[0]]
+        with resident(block.layer), training([student := Student(block, bare)]):
+            target = student(source.embedded, source.kwargs[block.index]).detach() * 1.1  # any: the work is the same
             step = _timed(lambda: student.loss(source.embedded, target, source).backward())
         count = cut(recipe.held_out, len(batches))
         judged = (len(batches) - count) / 3  # forward alone

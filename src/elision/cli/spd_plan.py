@@ -24,6 +24,8 @@ HeldOut = Annotated[
     typer.Option(help="Text to verify on; by default rows of --text that nothing is decided on, a quarter more."),
 ]
 
+Stream = Annotated[bool, typer.Option("--stream", help="Read weights block by block: for models larger than memory.")]
+
 
 def calibrate(
     ctx: typer.Context,
@@ -43,7 +45,7 @@ def calibrate(
     step_ms: Annotated[float | None, typer.Option(help="Time of a step with all syncs in place.")] = None,
     step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of such a step: rows decoded at once.")] = 1,
     held_out: HeldOut = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Read weights block by block: for large models.")] = False,
+    stream: Stream = False,
     dtype: Dtype = "float32",
     rows: Rows = 32,
     tokens: Tokens = 512,
@@ -118,6 +120,7 @@ def heal(
     lora: Annotated[int, typer.Option(min=0, help="Train matrices in this rank only; 0: in full.")] = 0,
     polish: Annotated[int, typer.Option(min=0, help="Epochs of all healed blocks together at the end.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the batches' order.")] = 0,
+    stream: Stream = False,
     dtype: Dtype = "float32",
     rows: Rows = 128,
     tokens: Tokens = 512,
@@ -142,7 +145,7 @@ def heal(
     planned = spd.SyncPlan.load(plan)
     recipe = spd.Recipe(epochs=epochs, lr=lr, seed=seed, correction=correction, lora=lora, polish=polish)
     check_replaceable(out)
-    loaded, tokenizer = load(model, dtype, device=_device())
+    loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
     batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
     if dry_run:
         from elision.cli import estimates

@@ -31,6 +31,7 @@ from elision.spd.lowrank import LowRank, attach_lowrank, detach_lowrank, fingerp
 from elision.spd.plan import SyncPlan
 from elision.spd.regroup import inverse, permute
 from elision.spd.simulate import check_plain, covered, facts
+from elision.streaming import resident
 
 
 def save_adapter(model: nn.Module, plan: SyncPlan, path: str | Path) -> Path:
@@ -54,11 +55,13 @@ def save_adapter(model: nn.Module, plan: SyncPlan, path: str | Path) -> Path:
             raise InputError(
                 f"block {index} was healed in full: save the whole model, or heal with Recipe(lora=8) for an adapter"
             )
-        tensors |= {f"{index}.{name}": tensor for name, tensor in lowrank.state_dict().items()}
-        tensors |= {f"{index}.vector.{name}": tensor for name, tensor in vectors(block.layer).items()}
+        with resident(block.layer):
+            tensors |= {f"{index}.{name}": tensor for name, tensor in lowrank.state_dict().items()}
+            tensors |= {f"{index}.vector.{name}": tensor for name, tensor in vectors(block.layer).items()}
     for index, kind in plan.corrections.items():
         correction = correction_of(view.blocks[index], plan.ranks, kind)
-        tensors |= {f"{index}.correction.{name}": tensor for name, tensor in correction.named_parameters()}
+        with resident(view.blocks[index].layer):
+            tensors |= {f"{index}.correction.{name}": tensor for name, tensor in correction.named_parameters()}
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"spd_plan": json.dumps(plan.to_dict())}
     return files.write(path, lambda temporary: save_file(stored, temporary, metadata))

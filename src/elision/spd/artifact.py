@@ -10,7 +10,8 @@ that says three more things:
                     because their weights are wrong without the plan: plain from_pretrained refuses that name
 
 `read` gives model and plan back bit for bit, `load` applies the plan too. A directory is written under a temporary
-name and then renamed: there is a whole checkpoint at the path or, after a kill, whatever was there before.
+name and then renamed: there is a whole checkpoint at the path or, after a kill, whatever was there before. A streamed
+model's is written block by block, a safetensors file each.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elision import files
+from elision.blocks import Decoder, decoder
 from elision.errors import InputError
 from elision.families import TREATED, load_config
 from elision.spd.card import card
@@ -36,6 +39,7 @@ from elision.spd.corrections import NAME, attach, correction_of, fill
 from elision.spd.lowrank import NAME as LOWRANK
 from elision.spd.plan import SyncPlan
 from elision.spd.simulate import Simulation, covered, facts, simulate
+from elision.streaming import is_streamed, places, resident
 
 PREFIX = "SPD"  # of the architecture's name
 
@@ -111,14 +115,18 @@ def check_replaceable(path: str | Path) -> None:
 def _write(model: PreTrainedModel, plan: SyncPlan, directory: Path) -> None:
     """Weights first, the config that makes them loadable last."""
     before = {name: getattr(model.config, name, None) for name in ("architectures", "dtype")}
-    planned = set(plan.corrections)
-    state = {name: tensor for name, tensor in model.state_dict().items() if _corrected(name) in {None, *planned}}
-    state = {name: tensor for name, tensor in state.items() if LOWRANK not in name.split(".")}  # merged already
+    state = {name: tensor for name, tensor in model.state_dict().items() if _belongs(name, plan)}
+    view = decoder(model)
+    streamed = is_streamed(view.blocks[0].layer)
     try:
-        model.save_pretrained(directory, state_dict=state)
+        model.save_pretrained(
+            directory, state_dict={name: tensor for name, tensor in state.items() if not tensor.is_meta}
+        )
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
+    if streamed:
+        _write_blocks(view, plan, directory)
     config = directory / "config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
     config.unlink()
@@ -126,6 +134,30 @@ def _write(model: PreTrainedModel, plan: SyncPlan, directory: Path) -> None:
     values["model_type"] = values["model_type"] if plan.original_weights else TREATED + values["model_type"]
     values["spd_plan"] = plan.to_dict()
     files.write_json(config, dict(sorted(values.items())))
+
+
+def _write_blocks(view: Decoder, plan: SyncPlan, directory: Path) -> None:
+    """A streamed model's blocks, a file each beside what `directory` holds: one of them is in memory at a time."""
+    names = {module: name for name, module in view.model.named_modules()}
+    count = len(view.blocks) + 1
+    file = directory / f"model-00001-of-{count:05}.safetensors"
+    (directory / "model.safetensors").rename(file)
+    held = places(file)
+    for number, block in enumerate(view.blocks, 2):
+        file = directory / f"model-{number:05}-of-{count:05}.safetensors"
+        with resident(block.layer):
+            state = {f"{names[block.layer]}.{name}": tensor for name, tensor in block.layer.state_dict().items()}
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items() if _belongs(name, plan)}
+            save_file(tensors, file, {"format": "pt"})
+        held |= places(file)
+    size = sum(place.size for place in held.values())
+    index = {"metadata": {"total_size": size}, "weight_map": {name: held[name].file.name for name in sorted(held)}}
+    files.write_json(directory / "model.safetensors.index.json", index)
+
+
+def _belongs(name: str, plan: SyncPlan) -> bool:
+    """Whether a tensor is saved: corrections if the plan names them, low-rank factors never, which are merged."""
+    return _corrected(name) in {None, *plan.corrections} and LOWRANK not in name.split(".")
 
 
 def _corrected(name: str) -> int | None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from elision.blocks import Block, Decoder
 from elision.errors import InputError
-from elision.layerwise import fingerprint, hash_tensor
+from elision.layerwise import fingerprint
 from elision.progress import progress
 from elision.spd.activations import Source, served, sources
 from elision.spd.artifact import Treated
@@ -41,10 +41,11 @@ from elision.spd.fit import attach_fit
 from elision.spd.lowrank import attach_lowrank
 from elision.spd.plan import CORRECTIONS, SyncPlan
 from elision.spd.polish import polish
-from elision.spd.regroup import regroup
+from elision.spd.regroup import grouped, permute
 from elision.spd.simulate import check_plain, covered, facts
-from elision.spd.streams import Batch, check_batches, evaluating, step
+from elision.spd.streams import Batch, check_batches, evaluating, hash_weights, step
 from elision.spd.student import Kept, Student, cut, mean, train, training
+from elision.streaming import is_streamed, relocate, resident
 
 DEFAULT_CORRECTION = "gain"  # of a block whose plan says "correct": two vectors a rank
 
@@ -108,15 +109,16 @@ def heal(
         blocks: the dropped blocks to distil; by default those that the plan's `healing` names, all where it names none.
         recipe: how to train; the defaults suit models from a few million parameters up.
         state: directory that keeps each healed block: give the same one and the original model again, and a killed
-            run goes on after its last whole block (or epoch of the polish), to the same bytes.
+            run goes on after its last whole block (or epoch of the polish), to the same bytes. A streamed model
+            needs one: its healed blocks' weights are there, as long as the model is used.
         quiet: show no progress bar.
 
     Returns:
         The model and the plan with `healed` blocks in it and nothing left to heal.
 
     Raises:
-        InputError: fewer than two batches, a plan with healed blocks already, a block that is not dropped, or what
-            `simulate` and `sensitivity` refuse.
+        InputError: fewer than two batches, a plan with healed blocks already, a block that is not dropped, a streamed
+            model without `state` or with a polish, or what `simulate` and `sensitivity` refuse.
     """
     recipe = recipe or Recipe()
     view = covered(model, plan.ranks)
@@ -126,37 +128,48 @@ def heal(
     chosen, fitted = _treatments(plan, blocks, recipe)
     healed = replace(plan, healed=chosen, corrections={**plan.corrections, **fitted}, healing={})
     for block in view.blocks:
-        check_plain(block)
+        check_plain(block, streamed=True)
     corrections = {i: correction_of(view.blocks[i], plan.ranks, kind) for i, kind in plan.corrections.items()}
     checked = check_batches(batches, view.config.vocab_size)
     if len(checked) < 2:
         raise InputError("data holds one batch: give at least two, because some are held out to judge the others")
     if state is not None and Path(state).exists() and not Path(state).is_dir():
         raise InputError(f"state {state} is a file: give a directory")
-    grouped = [i for i, how in plan.healing.items() if how == "hg+b2b" and i in chosen and i not in plan.heads]
-    if grouped:
-        regrouped = regroup(model, replace(plan, healing={}), checked, blocks=grouped, quiet=quiet)
-        healed = replace(healed, heads=regrouped.plan.heads)
+    if is_streamed(view.blocks[0].layer):
+        _check_streamed(recipe, state)
+    orders: dict[int, tuple[int, ...]] = {}
+    if apart := [i for i, how in plan.healing.items() if how == "hg+b2b" and i in chosen and i not in plan.heads]:
+        orders = grouped(view, plan, checked, apart, quiet)
+        healed = replace(healed, heads={**plan.heads, **orders})
     kept = None if state is None else Kept(Path(state), _key(view, checked, healed, recipe))
     walk = Walk(sources(view, checked), healed)
     students: dict[int, Student] = {}
     with evaluating(view.model), progress("Healing", len(view.blocks), quiet) as advance:
         for block in view.blocks:
-            targets = walk.targets(block)
-            if kind := fitted.get(block.index):
-                corrections[block.index] = attach_fit(block, plan.ranks, kind, walk.student, walk.data)
-            student = None
-            if block.index in chosen:
-                lowrank = attach_lowrank(block, recipe.lora, recipe.seed) if recipe.lora else None
-                student = Student(block, healed, corrections.get(block.index), lowrank)
-                students[block.index] = student
-                if not (kept and kept.restore(str(block.index), student.trained)):
-                    distil(student, walk.teacher if recipe.teacher_inputs else walk.student, targets, walk.data, recipe)
-                    if kept:
-                        kept.keep(str(block.index), student.trained)
-            walk.on(block, targets, student, corrections.get(block.index))
+            with resident(block.layer):
+                if order := orders.get(block.index):
+                    permute(block, order)
+                targets = walk.targets(block)
+                if kind := fitted.get(block.index):
+                    corrections[block.index] = attach_fit(block, plan.ranks, kind, walk.student, walk.data)
+                student = None
+                if block.index in chosen:
+                    lowrank = attach_lowrank(block, recipe.lora, recipe.seed) if recipe.lora else None
+                    student = Student(block, healed, corrections.get(block.index), lowrank)
+                    if not (kept and kept.restore(str(block.index), student.trained)):
+                        inputs = walk.teacher if recipe.teacher_inputs else walk.student
+                        distil(student, inputs, targets, walk.data, recipe)
+                        if kept:
+                            kept.keep(str(block.index), student.trained)
+                walk.on(block, targets, student, corrections.get(block.index))
+                if student and recipe.polish:
+                    students[block.index] = student
+                elif student:
+                    student.merge()
+                if kept and is_streamed(block.layer) and (student or kind):
+                    _put_away(block, student, kept)
             advance(1)
-        if recipe.polish and students:
+        if students:
             polish(
                 view,
                 healed,
@@ -174,6 +187,26 @@ def heal(
     for student in students.values():
         student.merge()
     return Treated(view.model, healed)
+
+
+def _check_streamed(recipe: Recipe, state: str | Path | None) -> None:
+    """Raise InputError where a model of which one block is in memory cannot be healed so."""
+    if state is None:
+        raise InputError("model is streamed, so its healed blocks need a place on disk: give state, a directory")
+    if recipe.polish:
+        raise InputError(
+            f"polish {recipe.polish} trains all healed blocks together, of a streamed model one is in memory: leave it "
+            "out, or load the model whole"
+        )
+
+
+def _put_away(block: Block, student: Student | None, kept: Kept) -> None:
+    """Leave a streamed block's new weights on disk, where they are read from now on."""
+    name = str(block.index)
+    if student is None or student.lowrank is not None:  # what was trained, and is kept already, is not all there is
+        name = f"{name}-whole"
+        kept.keep(name, dict(block.layer.named_parameters()))
+    relocate(block.layer, kept.path(name))
 
 
 def _treatments(plan: SyncPlan, blocks: Sequence[int] | None, recipe: Recipe) -> tuple[tuple[int, ...], dict[int, str]]:
@@ -238,6 +271,5 @@ def _key(view: Decoder, batches: Sequence[Batch], plan: SyncPlan, recipe: Recipe
     """Hash of all that the healed weights follow from; the plan's measurements are not among it."""
     bare = replace(plan, calibration=None, model=None, verified=None).to_dict()
     digest = hashlib.sha256(json.dumps([fingerprint(batches), bare, asdict(recipe)]).encode())
-    for name, tensor in view.model.state_dict().items():
-        hash_tensor(digest, name, tensor)
+    hash_weights(digest, view)
     return digest.hexdigest()[:16]

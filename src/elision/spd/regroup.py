@@ -27,6 +27,7 @@ from elision.spd.heads import assign, distances, scatter
 from elision.spd.plan import SyncPlan
 from elision.spd.simulate import check_plain, covered, facts, local_block
 from elision.spd.streams import Batch, check_batches, evaluating, step
+from elision.streaming import resident
 
 
 def regroup(
@@ -56,39 +57,51 @@ def regroup(
     view = covered(model, plan.ranks)
     plan.check(facts(view))
     chosen = tuple(plan.dropped if blocks is None else blocks)
+    if stray := sorted(set(chosen) - set(plan.dropped)):
+        raise InputError(f"block {stray[0]} keeps its sync: name it in dropped, or do not regroup it")
+    for block in view.blocks:
+        check_plain(block)
+    orders = grouped(view, plan, check_batches(batches, view.config.vocab_size), chosen, quiet)
+    for index, order in orders.items():
+        permute(view.blocks[index], order)
+    return Treated(view.model, replace(plan, heads={**plan.heads, **orders}))
+
+
+def grouped(
+    view: Decoder, plan: SyncPlan, batches: Sequence[Batch], blocks: Sequence[int], quiet: bool
+) -> dict[int, tuple[int, ...]]:
+    """The order of heads that `regroup` gives each of `blocks`, nothing moved yet; the model may be streamed.
+
+    Raises:
+        InputError: key/value heads that are replicated, or a block that is treated already.
+    """
     kv_heads = view.blocks[0].kv_heads
     if plan.ranks > kv_heads:
         raise InputError(
             f"{plan.ranks} ranks replicate the model's {kv_heads} key/value heads, so heads cannot move between them: "
             f"give at most {kv_heads} ranks, or leave the heads where they are"
         )
-    if stray := sorted(set(chosen) - set(plan.dropped)):
-        raise InputError(f"block {stray[0]} keeps its sync: name it in dropped, or do not regroup it")
-    if treated := sorted(set(chosen) & {*plan.corrections, *plan.healed, *plan.heads}):
+    if treated := sorted(set(blocks) & {*plan.corrections, *plan.healed, *plan.heads}):
         raise InputError(f"block {treated[0]} is treated already: regroup the heads of the original model")
-    for block in view.blocks:
-        check_plain(block)
-    checked = check_batches(batches, view.config.vocab_size)
     orders: dict[int, tuple[int, ...]] = {}
-    data = sources(view, checked)
+    data = sources(view, batches)
     with _eager(view):
-        eager = sources(view, checked)
+        eager = sources(view, batches)
     with evaluating(view.model), torch.no_grad(), progress("Grouping heads", len(view.blocks), quiet) as advance:
         hidden = [source.embedded for source in data]
         for block in view.blocks:
-            if block.index in chosen:
-                with _eager(view):
-                    grams = [_gram(block, x, source) for x, source in zip(hidden, eager, strict=True)]
-                groups = scatter(distances(torch.stack(grams).sum(0), kv_heads), plan.ranks)
-                squares = [_squares(block, groups, x, source) for x, source in zip(hidden, data, strict=True)]
-                shards = assign(torch.stack(squares).sum(0).sqrt())
-                units = [unit for shard in range(plan.ranks) for unit in groups[shards.index(shard)]]
-                orders[block.index] = _query_heads(units, block)
-            hidden = [step(block, None, x, s.kwargs[block.index]) for x, s in zip(hidden, data, strict=True)]
+            with resident(block.layer):
+                if block.index in blocks:
+                    with _eager(view):
+                        grams = [_gram(block, x, source) for x, source in zip(hidden, eager, strict=True)]
+                    groups = scatter(distances(torch.stack(grams).sum(0), kv_heads), plan.ranks)
+                    squares = [_squares(block, groups, x, source) for x, source in zip(hidden, data, strict=True)]
+                    shards = assign(torch.stack(squares).sum(0).sqrt())
+                    units = [unit for shard in range(plan.ranks) for unit in groups[shards.index(shard)]]
+                    orders[block.index] = _query_heads(units, block)
+                hidden = [step(block, None, x, s.kwargs[block.index]) for x, s in zip(hidden, data, strict=True)]
             advance(1)
-    for index, order in orders.items():
-        permute(view.blocks[index], order)
-    return Treated(view.model, replace(plan, heads={**plan.heads, **orders}))
+    return orders
 
 
 def ungroup(model: nn.Module, plan: SyncPlan) -> SyncPlan:

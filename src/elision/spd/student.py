@@ -207,11 +207,11 @@ class Kept:
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors, atomically."""
         stored = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
-        files.write(self._path(name), lambda path: save_file(stored, path))
+        files.write(self.path(name), lambda path: save_file(stored, path))
 
     def resume(self, name: str) -> dict[str, Tensor] | None:
         """What a run with the same key left under `name`."""
-        path = self._path(name)
+        path = self.path(name)
         return load_file(path) if path.exists() else None
 
     @torch.no_grad()
@@ -224,5 +224,6 @@ class Kept:
             parameter.copy_(found[key])
         return True
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """The file of what is kept under `name`."""
         return self.directory / f"{self.key}-{name}.safetensors"

@@ -1,0 +1,78 @@
+"""Healing a model of which one block is in memory: the same weights, plan and checkpoint as of one that is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from elision import spd
+from elision.blocks import decoder
+from elision.spd import Recipe, SyncPlan, carry_out, open_streamed
+from elision.streaming import resident
+from tests.spd.test_calibration import APART
+from tests.spd.test_sensitivity import DATA
+from tests.spd.tiny import tiny, token_ids
+
+BATCHES = [*DATA, *({"input_ids": token_ids(2, 9, seed)} for seed in (11, 12))]
+HOW = {0: "hg+b2b", 1: "correct", 2: "b2b"}
+
+
+def blocks_of(model) -> list[dict[str, torch.Tensor]]:
+    """Every block's parameters."""
+    found = []
+    for block in decoder(model).blocks:
+        with resident(block.layer):
+            found.append({name: tensor.detach() for name, tensor in block.layer.named_parameters()})
+    return found
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's safetensors."""
+    found = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    return found
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "recipe"),
+    [
+        ("llama", torch.float64, Recipe(epochs=2, correction="local_o")),
+        ("opt", torch.bfloat16, Recipe(epochs=2)),
+        ("llama", torch.bfloat16, Recipe(epochs=2, lora=2)),
+    ],
+    ids=["llama", "opt, bf16", "lora, bf16"],
+)
+def test_it_heals_to_the_same_bits(family, dtype, recipe, tmp_path):
+    model = tiny(family, dtype=dtype)
+    model.save_pretrained(tmp_path / "model")
+    streamed = open_streamed(tmp_path / "model")
+    plan = SyncPlan(3, (0, 1, 2), healing=HOW)
+    own = carry_out(model, plan, BATCHES, held_out=APART, recipe=recipe, quiet=True)
+    found = carry_out(streamed, plan, BATCHES, held_out=APART, recipe=recipe, state=tmp_path / "state", quiet=True)
+    assert found.plan == own.plan and found.plan.verified is not None and set(found.plan.heads) == {0}
+    pairs = list(zip(blocks_of(model), blocks_of(streamed), strict=True))
+    assert all(same(*pair) for pair in pairs)
+    assert all(parameter.is_meta for block in decoder(streamed).blocks for parameter in block.layer.parameters())
+    assert not same(pairs[2][0], blocks_of(open_streamed(tmp_path / "model"))[2])  # something was healed
+
+    own.save_pretrained(tmp_path / "own")
+    found.save_pretrained(tmp_path / "found")
+    assert len(list((tmp_path / "found").glob("*.safetensors"))) == 4  # a block a file
+    assert same(stored(tmp_path / "own"), stored(tmp_path / "found"))
+    for name in ("config.json", "README.md"):
+        assert (tmp_path / "own" / name).read_bytes() == (tmp_path / "found" / name).read_bytes()
+    with torch.no_grad():
+        ids = token_ids()
+        assert torch.equal(spd.load(tmp_path / "own")(ids).logits, spd.load(tmp_path / "found")(ids).logits)
+    if recipe.lora:
+        one, two = (spd.save_adapter(*each, tmp_path / "adapter").read_bytes() for each in (own, found))
+        assert one == two
