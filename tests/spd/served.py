@@ -23,6 +23,7 @@ from elision.spd import SyncPlan, save
 from elision.spd.corrections import attach
 from elision.spd.runtimes import ranks as run
 from elision.spd.runtimes import transformers as runtime
+from elision.spd.simulate import carry
 from tests.spd.tiny import left_padded, tiny, token_ids
 
 Case = tuple[str, dict[str, Any], SyncPlan]  # family, sizes, plan
@@ -30,8 +31,9 @@ NEW = 8  # tokens generated
 
 
 def model_of(family: str, plan: SyncPlan, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
-    """A tiny model, with random corrections where `plan` names some; the same at every call."""
+    """A tiny model, with random corrections where `plan` names some, as if healed for it; the same at every call."""
     model = tiny(family, dtype=dtype, **sizes)
+    carry(decoder(model), plan)
     generator = torch.Generator().manual_seed(5)
     for index, kind in plan.corrections.items():
         for parameter in attach(decoder(model).blocks[index], kind, plan.ranks).parameters():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from elision import InputError, spd
 from elision.blocks import decoder, describe, load_config
+from elision.loading import load_model
 from elision.spd import Calibration, SyncPlan, artifact, corrections
-from elision.spd.simulate import facts
+from elision.spd.simulate import carry, facts
 from tests.spd.tiny import bits, corrected, tiny, token_ids
 
 ZERO_SHOT = SyncPlan(ranks=3, dropped=(0, 2))
@@ -74,7 +77,9 @@ def test_the_config_says_what_it_takes_to_run_it(tmp_path):
 
 @pytest.mark.parametrize("plan", [CORRECTED, SyncPlan(3, (0, 2), healed=(2,))], ids=["corrected", "healed"])
 def test_treated_weights_do_not_load_without_their_plan(plan, tmp_path):
-    spd.save(corrected("llama", 3, KINDS), plan, tmp_path / "out")
+    model = corrected("llama", 3, KINDS)
+    carry(decoder(model), plan)
+    spd.save(model, plan, tmp_path / "out")
     with pytest.raises(ValueError, match="model type `spd_llama`"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     config = load_config(tmp_path / "out")
@@ -130,6 +135,57 @@ def test_the_card_has_plan_data_command_and_results(tmp_path):
         assert f"\n{line}\n" in text
     assert "refuses the checkpoint" in text and "dropped as they are | " in text
     assert spd.read_plan(tmp_path / "out") == plan
+
+
+class TestAnotherModelThanTheHealedOne:
+    """A plan that was carried out is of one model's weights, and the others do not run under it unnoticed."""
+
+    @pytest.fixture(scope="class")
+    def healed(self) -> spd.Treated:
+        plan = SyncPlan(3, (0, 2), healing={0: "hg+b2b", 2: "b2b"})
+        batches = [{"input_ids": token_ids(2, 9, seed)} for seed in range(3)]
+        return spd.heal(tiny("llama"), plan, batches, recipe=spd.Recipe(epochs=1), quiet=True)
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda model, plan, path: spd.simulate(model, plan),
+            lambda model, plan, path: spd.save(model, plan, path),
+            lambda model, plan, path: spd.save_adapter(model, plan, path),
+            lambda model, plan, path: spd.correct(model, plan, [{"input_ids": token_ids()}], quiet=True),
+        ],
+        ids=["simulate", "save", "save_adapter", "correct"],
+    )
+    def test_another_model_or_plan_is_refused(self, use, healed, tmp_path):
+        plan = SyncPlan.load(healed.plan.save(tmp_path / "plan.json"))
+        others = [
+            (tiny("llama"), plan),
+            (tiny("llama"), replace(plan, healed=())),
+            (healed.model, replace(plan, ranks=1)),
+        ]
+        for model, given in others:
+            before = bits(model)
+            with pytest.raises(InputError, match=r"was carried out on blocks .* of another model") as caught:
+                use(model, given, tmp_path / "out")
+            assert "\n" not in str(caught.value) and bits(model) == before and not (tmp_path / "out").exists()
+
+    def test_nor_are_healed_weights_saved_as_the_originals(self, healed, tmp_path):
+        with pytest.raises(InputError, match="model has weights healed for another plan"):
+            spd.save(healed.model, SyncPlan(3, (0, 2)), tmp_path / "out")
+        healed.model.save_pretrained(tmp_path / "plain")  # as transformers has it: the config tells even so
+        with pytest.raises(InputError, match="has weights made for the plan that it carries"):
+            load_model(str(tmp_path / "plain"))
+
+    def test_the_healed_one_runs_wherever_it_went(self, healed, tmp_path):
+        plan = SyncPlan.load(healed.plan.save(tmp_path / "plan.json"))
+        with spd.simulate(healed.model, plan):
+            found = logits(healed.model)
+        for model in (copy.deepcopy(healed.model), spd.read(healed.save_pretrained(tmp_path / "out")).model):
+            with spd.simulate(model, plan):
+                assert torch.equal(logits(model), found)
+        spd.simulate(spd.read(tmp_path / "out", dtype=torch.float16).model, plan).remove()
+        measured = replace(plan, verified=spd.Verified("0", 9, 2.0, 4.0, 3.0, 0.1, 0.5))
+        spd.simulate(healed.model, measured).remove()  # what was measured does not matter
 
 
 class TestWholeOrAbsent:

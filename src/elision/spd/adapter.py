@@ -30,7 +30,7 @@ from elision.spd.corrections import attach, correction_of, detach, fill
 from elision.spd.lowrank import LowRank, attach_lowrank, detach_lowrank, fingerprint, lowrank_of, vectors
 from elision.spd.plan import SyncPlan
 from elision.spd.regroup import inverse, permute
-from elision.spd.simulate import check_plain, covered, facts
+from elision.spd.simulate import carry, check_carried, check_plain, covered, facts
 from elision.streaming import resident
 
 
@@ -47,6 +47,7 @@ def save_adapter(model: nn.Module, plan: SyncPlan, path: str | Path) -> Path:
     """
     view = covered(model, plan.ranks)
     plan.check(facts(view))
+    check_carried(view, plan)
     tensors: dict[str, Tensor] = {}
     for index in plan.healed:
         block = view.blocks[index]
@@ -94,6 +95,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> Treated:
         with torch.no_grad():
             for name, parameter in vectors(block.layer).items():
                 parameter.copy_(tensors[f"{index}.vector.{name}"])
+    carry(view, plan)
     return Treated(view.model, plan)
 
 

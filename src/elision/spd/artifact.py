@@ -38,7 +38,7 @@ from elision.spd.card import card
 from elision.spd.corrections import NAME, attach, correction_of, fill
 from elision.spd.lowrank import NAME as LOWRANK
 from elision.spd.plan import SyncPlan
-from elision.spd.simulate import Simulation, covered, facts, simulate
+from elision.spd.simulate import Simulation, check_carried, covered, facts, made_for, simulate
 from elision.streaming import is_streamed, places, resident
 
 PREFIX = "SPD"  # of the architecture's name
@@ -80,10 +80,13 @@ def save(
         results: further lines of the card's table, such as the recovery that was measured.
 
     Raises:
-        InputError: the plan is not for the model, or `path` holds something that `save` did not write.
+        InputError: the plan is not for the model or its weights, or `path` holds something that `save` did not write.
     """
     view = covered(model, plan.ranks)
     plan.check(facts(view))
+    check_carried(view, plan)
+    if made_for(view) is not None and not (plan.healed or plan.heads):
+        raise InputError("model has weights healed for another plan than this: save it with the plan that came with it")
     for index, kind in plan.corrections.items():
         correction_of(view.blocks[index], plan.ranks, kind)
     path = Path(path)

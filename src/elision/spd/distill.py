@@ -42,7 +42,7 @@ from elision.spd.lowrank import attach_lowrank
 from elision.spd.plan import CORRECTIONS, SyncPlan
 from elision.spd.polish import polish
 from elision.spd.regroup import grouped, permute
-from elision.spd.simulate import check_plain, covered, facts
+from elision.spd.simulate import carry, check_carried, check_plain, covered, facts
 from elision.spd.streams import Batch, check_batches, evaluating, hash_weights, step
 from elision.spd.student import Kept, Student, cut, mean, train, training
 from elision.streaming import is_streamed, relocate, resident
@@ -125,6 +125,7 @@ def heal(
     plan.check(facts(view))
     if plan.healed:
         raise InputError(f"plan has healed blocks {list(plan.healed)} already: heal the original model")
+    check_carried(view, plan)
     chosen, fitted = _treatments(plan, blocks, recipe)
     healed = replace(plan, healed=chosen, corrections={**plan.corrections, **fitted}, healing={})
     for block in view.blocks:
@@ -186,6 +187,7 @@ def heal(
             )
     for student in students.values():
         student.merge()
+    carry(view, healed)
     return Treated(view.model, healed)
 
 

@@ -25,7 +25,7 @@ from elision.spd.artifact import Treated
 from elision.spd.block import add_residual, mlp_share
 from elision.spd.heads import assign, distances, scatter
 from elision.spd.plan import SyncPlan
-from elision.spd.simulate import check_plain, covered, facts, local_block
+from elision.spd.simulate import carry, check_carried, check_plain, covered, facts, local_block
 from elision.spd.streams import Batch, check_batches, evaluating, step
 from elision.streaming import resident
 
@@ -64,7 +64,9 @@ def regroup(
     orders = grouped(view, plan, check_batches(batches, view.config.vocab_size), chosen, quiet)
     for index, order in orders.items():
         permute(view.blocks[index], order)
-    return Treated(view.model, replace(plan, heads={**plan.heads, **orders}))
+    regrouped = replace(plan, heads={**plan.heads, **orders})
+    carry(view, regrouped)
+    return Treated(view.model, regrouped)
 
 
 def grouped(
@@ -108,14 +110,18 @@ def ungroup(model: nn.Module, plan: SyncPlan) -> SyncPlan:
     """Give every head its original place back, bit for bit, and return the plan without `heads`.
 
     Raises:
-        InputError: a regrouped block is corrected or healed, which holds for its order of heads only.
+        InputError: the model is not the one that was regrouped, or a regrouped block is corrected or healed, which
+            holds for its order of heads only.
     """
     view = covered(model, plan.ranks)
+    check_carried(view, plan)
     if treated := sorted(set(plan.heads) & {*plan.corrections, *plan.healed}):
         raise InputError(f"block {treated[0]} was treated with its heads regrouped: load the original model instead")
     for index, order in plan.heads.items():
         permute(view.blocks[index], inverse(order))
-    return replace(plan, heads={})
+    original = replace(plan, heads={})
+    carry(view, original)
+    return original
 
 
 def inverse(order: Sequence[int]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ The price of simplicity: N ranks take N times the norm and a loop of N small mat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from types import TracebackType
 from typing import Any, Self
@@ -51,10 +52,11 @@ def simulate(model: nn.Module, plan: SyncPlan) -> Simulation:
     Raises:
         InputError: SPD's maths does not cover the model, the plan does not fit it, a dropped block is simulated
             already, its weights cannot be split here (quantised, offloaded, or with an unmerged adapter), or the
-            model lacks a correction that the plan names.
+            model lacks a correction or the healed weights that the plan names.
     """
     view = covered(model, plan.ranks)
     plan.check(facts(view))
+    check_carried(view, plan)
     blocks, int8, skipped = (
         [view.blocks[index] for index in chosen] for chosen in (plan.dropped, plan.int8, plan.skipped)
     )
@@ -122,6 +124,36 @@ def covered(model: nn.Module, ranks: int) -> Decoder:
 def facts(view: Decoder) -> ModelFacts:
     """The geometry of a model that a plan records and is checked against."""
     return ModelFacts.seen(view)
+
+
+def carry(view: Decoder, plan: SyncPlan) -> None:
+    """Note in the model's config, as in that of a checkpoint, what `plan` says was done to its weights."""
+    if plan.healed or plan.heads:
+        view.model.config.spd_plan = plan.to_dict()
+    else:
+        vars(view.model.config).pop("spd_plan", None)
+
+
+def made_for(view: Decoder) -> SyncPlan | None:
+    """The plan that the model's weights were healed or regrouped for, less its measurements; None: the original's."""
+    carried = getattr(view.model.config, "spd_plan", None)
+    plan = None if carried is None else _of_weights(SyncPlan.from_dict(carried, "spd_plan of the model's config"))
+    return plan if plan is not None and (plan.healed or plan.heads) else None
+
+
+def check_carried(view: Decoder, plan: SyncPlan) -> None:
+    """Raise InputError unless what `plan` says was done to weights was done to this model's."""
+    if (plan.healed or plan.heads) and made_for(view) != _of_weights(plan):
+        blocks = sorted({*plan.healed, *plan.heads})
+        raise InputError(
+            f"plan was carried out on blocks {blocks} of another model than this: give the model and the plan that "
+            "elision.spd.heal, regroup or read returned together"
+        )
+
+
+def _of_weights(plan: SyncPlan) -> SyncPlan:
+    """What of a plan weights are made for."""
+    return replace(plan, corrections={}, healing={}, model=None, calibration=None, verified=None)
 
 
 def check_plain(block: Block, *, streamed: bool = False) -> None:
