@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from elision import reference_model
+from elision import evaluate, reference_model
 from elision.cli import app
+from elision.data import text_batches
+from elision.loading import load_tokenizer
 from elision.sparselora import SparsityPlan
-from elision.spd import SyncPlan, read_plan
+from elision.spd import SyncPlan, load, load_adapter, read_plan
 
 TRAIN = ["sparselora", "train", "reference", "--sparsity", "0.5"]
 CALIBRATE = ["spd", "calibrate", "reference", "--rows", "2", "--tokens", "32"]
@@ -50,19 +53,27 @@ def test_calibrate_then_eval_under_the_plan(tmp_path: Path, text: Path) -> None:
 
 def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "healed"
-    fast = ["--method", "fisher", "--stream", "--tiers", "0,1", "--drop", 0.25]
+    fast = ["--method", "fisher", "--stream", "--tiers", "0,1", "--drop", 0.25, "--recovered", "b2b=0.7"]
     code, said, _ = run(*CALIBRATE, "--text", text, "--ranks", 2, "--ranks", 4, *fast, "--out", plan)
     assert code == 0 and said.count("3 of 12 blocks") == 2 and "held-out tokens where" in said
     assert {SyncPlan.load(tmp_path / f"plan-{n}.json").ranks for n in (2, 4)} == {2, 4}
     rest = ["--text", text, "--held-out", text, "--rows", 16, "--tokens", 16, "--epochs", 1, "--lr", 1e-5]
+    low = ["--lora", 2, "--adapter", tmp_path / "low.safetensors", "--judging", 0.5, "--teacher-inputs"]
     planned = tmp_path / "plan-4.json"
-    code, said, _ = run("spd", "heal", "reference", "--plan", planned, *rest, "--out", out, "--json")
+    code, said, _ = run("spd", "heal", "reference", "--plan", planned, *rest, *low, "--stream", "--out", out, "--json")
     assert code == 0
     told = json.loads(said)
     healed = SyncPlan.load(planned).healing
     assert told["healed"] == list(read_plan(out).healed) == sorted(healed) and len(healed) > 0
     card = (out / "README.md").read_text()
-    assert "Perplexity on held-out data, as this checkpoint runs" in card and f"--plan {planned}" in card
+    assert "Perplexity on held-out data, as this checkpoint runs" in card
+    typed = [*rest[:4], "--epochs", 1, "--lr", 1e-5, "--judging", 0.5, "--teacher-inputs", "--lora", 2]
+    typed = ["--plan", planned, *typed[:2], "--out", out, *typed[2:], "--adapter", low[3], "--stream"]
+    command = " ".join(map(str, ["elision spd heal reference", *typed, "--rows", 16, "--tokens", 16]))
+    assert f"\n    {command}\n" in card and "| Healed on | 16 rows of 16 tokens of text.txt |" in card
+    calibration = SyncPlan.load(planned).calibration
+    assert calibration is not None and calibration.recovered is not None and calibration.recovered["b2b"] == 0.7
+    assert load_adapter(reference_model.load()[0], low[3]).plan == read_plan(out)
     assert not list(tmp_path.glob(".healed*"))
     again = [*CALIBRATE, "--text", text, "--ranks", 4, "--out", tmp_path / "again.json"]
     again[2] = out
@@ -70,6 +81,14 @@ def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
         code, _, error = run(*again, *options)
         assert code == 2 and "has weights made for the plan that it carries" in error
     carried = read_plan(out).save(tmp_path / "carried.json")
+    score = ["--text", text, "--rows", 2, "--tokens", 32]
+    code, said, _ = run("eval", out, *score, "--against", out, "--json")
+    found = json.loads(said)["scores"][0]
+    batches = text_batches(load_tokenizer(str(out)), [text.read_text()], 32, 8, limit=2)
+    served = pytest.approx(math.exp(evaluate.loss(load(out), batches)), rel=1e-5)  # under the plan that it carries
+    assert code == 0 and found["value"] == served and found["baseline"] == served
+    code, _, error = run("eval", out, "--plan", carried, *score)
+    assert code == 2 and "carries its plan and weights made for it: leave --plan and --adapter out" in error
     code, _, error = run("eval", "reference", "--plan", carried, "--text", text, "--rows", 2, "--tokens", 32)
     assert code == 2 and "is of a healed checkpoint" in error
     code, _, error = run("spd", "heal", "reference", "--plan", planned, *rest, "--out", tmp_path)
@@ -139,6 +158,12 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
         SyncPlan(2).save(plan)
         heal = ["spd", "heal", "reference", "--plan", plan, "--text", text, "--out", folder / "new", "--tokens", 32]
         return heal, "plan drops no sync"
+    if kind in RECIPES:
+        SyncPlan(2, (1,)).save(plan)
+        heal = ["spd", "heal", "reference", "--plan", plan, "--text", text, "--tokens", 32]
+        return [*heal, "--out", folder / "new", *RECIPES[kind][0]], RECIPES[kind][1]
+    if kind == "recovered":
+        return [*calibrate, "--ranks", 2, "--text", text, "--recovered", "b2b"], "'b2b' is no treatment with a share"
     if kind == "truncated weights":
         shutil.copytree(reference_model.PATH, folder / "model")
         with open(folder / "model" / "model.safetensors", "r+b") as file:
@@ -177,15 +202,27 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
     return [*calibrate, "--ranks", 2, "--text", text], "model_type 'mamba'"
 
 
+RECIPES: dict[str, tuple[list[object], str]] = {  # every option of a recipe, each with a value that it cannot have
+    "epochs": (["--epochs", 0], "epochs 0 is not a whole number of at least 1"),
+    "rate": (["--lr", 0], "lr 0.0 is not a learning rate"),
+    "judging": (["--judging", 1], "held_out 1.0 is not a share of the batches"),
+    "correction": (["--correction", "much"], "correction 'much' is not known: use one of constant, gain, local_o"),
+    "lora": (["--lora", -1], "lora -1 is not a whole number"),
+    "polish": (["--polish", -1], "polish -1 is not a whole number"),
+    "rate of the polish": (["--polish-lr", "nan"], "polish_lr nan is not a learning rate"),
+    "seed": (["--seed", -1], "seed -1 is not a whole number of at least 0"),
+    "adapter in full": (["--adapter", "low.safetensors"], "holds low-rank healing: give --lora 8"),
+    "polish on disk": (["--stream", "--polish", 1], "polish 1 trains all healed blocks together"),
+}
 KINDS = (
     "missing text, empty text, too little text, ranks, limit, two limits, tiers, no probe, half a link, "
     "a plan to heal for another model, a plan without drops, truncated weights, plan of another model, "
     "broken plan, no adapter, sparsity, no plan, missing plan, sparsity plan of another model, no answers, "
-    "every label -100, unknown family"
+    "every label -100, unknown family, recovered"
 ).split(", ")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *RECIPES])
 def test_bad_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path, text: Path) -> None:
     arguments, message = bad(kind, tmp_path, text)
     before = sorted(tmp_path.rglob("*"))

@@ -1,6 +1,7 @@
 """Kill a job at random moments, start it again each time: `python -m tests.spd.killed_often JOB FOLDER KILLS SEED`.
 
-JOB is "calibrate" or "heal". A process of its own forks a child for every start, so that a start costs no imports.
+JOB is "calibrate", "heal" or "heal-streamed", of a model that is read block by block. A process of its own forks a
+child for every start, so that a start costs no imports.
 Whenever a child comes through, all that it wrote must be what an undisturbed run wrote, byte by byte.
 """
 
@@ -13,11 +14,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from elision.spd import Recipe, SyncPlan, calibrations, carry_out
+from elision.spd import Recipe, SyncPlan, calibrations, carry_out, open_streamed
 from elision.spd.calibration import Limit
 from tests.spd.tiny import tiny, token_ids
 
@@ -33,10 +35,10 @@ def calibrate(folder: Path) -> None:
         plan.save(folder / f"plan-{plan.ranks}.json")
 
 
-def heal(folder: Path) -> None:
+def heal(folder: Path, streamed: bool = False) -> None:
     plan = SyncPlan(3, (0, 1, 2), healing={0: "hg+b2b", 1: "correct", 2: "b2b"})
     healed = carry_out(
-        tiny("llama"),
+        open_streamed(folder.parent / "source") if streamed else tiny("llama"),
         plan,
         BATCHES[2:],
         held_out=BATCHES[:2],
@@ -77,11 +79,13 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def main() -> None:
-    job, folder, kills = {"calibrate": calibrate, "heal": heal}[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3])
+    jobs = {"calibrate": calibrate, "heal": heal, "heal-streamed": partial(heal, streamed=True)}
+    job, folder, kills = jobs[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3])
     draw = random.Random(int(sys.argv[4]))
     torch.set_num_threads(1)
     whole, killed = folder / "whole", folder / "killed"
     whole.mkdir(parents=True)
+    tiny("llama").save_pretrained(folder / "source")
     began = time.monotonic()
     assert os.waitpid(start(job, whole), 0)[1] == 0
     took, expected = time.monotonic() - began, everything(whole)

@@ -120,7 +120,10 @@ def test_the_card_has_plan_data_command_and_results(tmp_path):
     measured = Calibration("0123456789abcdef", (0.1, 0.2, 0.3), (0, 2, 1), (9.0, 9.1, 9.25, 12.0), {"elision": "0.1.0"})
     plan = SyncPlan(3, (0, 2), {2: "constant"}, (0,), model=facts(decoder(model)), calibration=measured)
     corrections.attach(decoder(model).blocks[2], "constant", 3)
-    spd.save(model, plan, tmp_path / "out", command="elision spd heal model", results={"Recovery": "87%"})
+    checked = spd.Verified("fedcba9876543210", 1234, dense=9.0, zero_shot=9.4, planned=9.1, kl=0.0123, predicted=0.02)
+    plan = replace(plan, verified=checked)
+    carry(decoder(model), plan)
+    spd.save(model, plan, tmp_path / "out", command="elision spd heal model", results={"Healed on": "a.txt"})
     text = (tmp_path / "out" / "README.md").read_text()
     for line in (
         "| Tensor-parallel ranks | 3 |",
@@ -129,7 +132,11 @@ def test_the_card_has_plan_data_command_and_results(tmp_path):
         "| … with a correction of the local MLP input (constant) | 2 |",
         "| Calibration data (fingerprint) | `0123456789abcdef` |",
         "| Perplexity on it, dropped as they are | 9.25 |",
-        "| Recovery | 87% |",
+        "| Healed on | a.txt |",
+        "| Held-out data (fingerprint, tokens scored) | `fedcba9876543210`, 1,234 |",
+        "| Perplexity on held-out data, as this checkpoint runs | 9.1 (+1.11%) |",
+        "| Increase of perplexity that was predicted | +2.00% |",
+        "| Recovered of what dropping lost | 75% |",
         "    elision spd heal model",
     ):
         assert f"\n{line}\n" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from elision import InputError, spd
 from elision.blocks import decoder
@@ -90,6 +91,16 @@ def test_several_numbers_of_ranks_are_measured_as_one_by_one():
         assert together[0].calibration.method == method and together[0].calibration != together[1].calibration
 
 
+def test_a_model_that_a_device_map_put_on_one_device_is_calibrated_there(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    plain, placed = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, **how)
+        for how in ({}, {"device_map": {"": "cpu"}})
+    )
+    assert placed.hf_device_map == {"": torch.device("cpu")} or set(placed.hf_device_map.values()) == {"cpu"}
+    assert calibrate(placed, DATA, 3, quiet=True) == calibrate(plain, DATA, 3, quiet=True)
+
+
 def test_held_out_text_says_how_far_the_prediction_is_off():
     model = tiny("llama", num_hidden_layers=4)
     plan = calibrate(model, DATA, 3, drop=0.5, held_out=APART, quiet=True)
@@ -111,6 +122,18 @@ class TestLimits:
         assert predicted(CURVE, (2, 0, 1), 2, {}) == CURVE[2]
         left = predicted(CURVE, (2, 0, 1), 3, {1: "b2b"})
         assert left == (pytest.approx(10.5 + 0.4 * 2.0), pytest.approx(0.2 + 0.4 * 0.4))
+
+    def test_what_an_earlier_healing_won_back_is_what_is_counted_on(self):
+        measured = Limit(max_loss=0.05, healing=True, recovered={"b2b": 0.9})
+        assert measured.count(CURVE, dict.fromkeys(range(3), "b2b"), (2, 0, 1)) == 3
+        assert Limit(max_loss=0.05, healing=True).count(CURVE, dict.fromkeys(range(3), "b2b"), (2, 0, 1)) == 2
+        assert measured.recovered == {"correct": 0.35, "b2b": 0.9, "hg+b2b": 0.6}
+        model = tiny("llama")
+        plan = calibrate(model, APART, 3, drop=1.0, healing=True, recovered={"b2b": 0.9}, quiet=True)
+        assert plan.calibration is not None and plan.calibration.recovered == measured.recovered
+        bare = calibrate(model, APART, 3, drop=1.0, quiet=True)
+        assert bare.calibration is not None and bare.calibration.recovered is None
+        assert expected(plan) == pytest.approx(0.1 * expected(bare), rel=1e-9)
 
     @pytest.mark.parametrize(
         ("limit", "healing", "count"),
@@ -170,6 +193,8 @@ class TestLimits:
             ("max_kl=-1 is not a divergence", {"max_kl": -1}),
             ("tiers=0.2,0.1 are not two ascending", {"tiers": (0.2, 0.1)}),
             ("tiers=nan,nan are not", {"tiers": (float("nan"),) * 2}),
+            ("recovered names 'sleep', which is no treatment", {"recovered": {"sleep": 0.5}}),
+            ("recovered 1.5 of b2b is not a share", {"recovered": {"b2b": 1.5}}),
         ],
     )
     def test_values_out_of_range(self, match, values):

@@ -261,7 +261,7 @@ def test_bad_input_changes_nothing(match, arguments):
     assert "\n" not in str(caught.value) and bits(model) == state
 
 
-@pytest.mark.parametrize("values", [{"epochs": 0}, {"epochs": 1.5}, {"lr": -1.0}, {"held_out": 1.0}])
+@pytest.mark.parametrize("values", [{"epochs": 0}, {"epochs": 1.5}, {"lr": -1.0}, {"held_out": 1.0}, {"seed": -1}])
 def test_a_recipe_out_of_range(values):
     with pytest.raises(InputError, match=f"{next(iter(values))} .* is not"):
         Recipe(**values)

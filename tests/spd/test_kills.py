@@ -13,7 +13,7 @@ KILLS = os.environ.get("ELISION_KILLS", "20")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("job", ["calibrate", "heal"])
+@pytest.mark.parametrize("job", ["calibrate", "heal", "heal-streamed"])
 def test_killed_at_random_moments_it_writes_the_same_bytes(job, tmp_path):
     root = Path(__file__).parents[2]
     paths = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]

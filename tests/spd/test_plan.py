@@ -52,7 +52,12 @@ TREATED = SyncPlan(
 FULL = dataclasses.replace(
     WHOLE,
     calibration=dataclasses.replace(
-        MEASURED, method="fisher", kls=(0.0, 0.1, 0.2, 0.3), thresholds=(0.01, 0.1), tiers=("SB", "ISB", "ESB")
+        MEASURED,
+        method="fisher",
+        kls=(0.0, 0.1, 0.2, 0.3),
+        thresholds=(0.01, 0.1),
+        tiers=("SB", "ISB", "ESB"),
+        recovered={"b2b": 0.6},
     ),
     verified=Verified("fedcba9876543210", 99, dense=12.0, zero_shot=14.0, planned=12.5, kl=0.01, predicted=0.03),
 )
@@ -160,6 +165,8 @@ def test_values_that_make_no_plan(match, values):
         ("are not two numbers and one of ISB, SB, ESB a block", {"thresholds": (0.1, 0.2)}),
         ("are not two numbers and one of", {"thresholds": (0.1, 0.2), "tiers": ("ISB", "SB", "XSB")}),
         ("is not a mapping of names", {"versions": ["torch"]}),
+        ("is no mapping of correct, b2b, hg", {"recovered": {"sleep": 0.5}}),
+        ("recovered holds 'much', not a finite number", {"recovered": {"b2b": "much"}}),
     ],
 )
 def test_measurements_that_do_not_fit_each_other(match, values):

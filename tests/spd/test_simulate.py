@@ -311,6 +311,13 @@ class TestRefusals:
                 pass
             self.refuse("block 1's forward is replaced already", model, SyncPlan(ranks=3, dropped=(0, 1)))
 
+    def test_a_device_map_of_several_devices(self):
+        from accelerate import dispatch_model
+
+        devices = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+        model = dispatch_model(tiny("llama"), {**devices, "model.rotary_emb": "cpu"}, force_hooks=True)
+        self.refuse("block 1 is dispatched by accelerate, .* or read it block by block", model, SyncPlan(3, (1,)))
+
     def test_offloaded_weights(self):
         model = tiny("llama")
         model.model.layers[1].mlp.to("meta")

@@ -13,6 +13,7 @@ command does not have is refused by name. `Commands` in common.py gives the opti
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,20 @@ def options(ctx: typer.Context) -> dict[str, Any]:
         if value is not None and name not in ("json", "run", "dry-run"):
             values[name] = _plain(value)
     return values
+
+
+def command_line(ctx: typer.Context) -> str:
+    """The command with everything that was typed or read from a file, to be typed to the same effect."""
+    words = ["elision", *ctx.command_path.split()[1:]]
+    for name, value in options(ctx).items():
+        param = _named(ctx)[name]
+        source = ctx.get_parameter_source(param.name)
+        if param.param_type_name == "argument":
+            words.append(str(value))
+        elif value is not False and source is not None and source.name != "DEFAULT":
+            for each in value if isinstance(value, list) else [value]:
+                words += [f"--{name}"] if each is True else [f"--{name}", str(each)]
+    return shlex.join(words)
 
 
 def _read(ctx: typer.Context, config: Path | None) -> None:

@@ -65,8 +65,10 @@ def evaluate(
         raise InputError("nothing to score: give --text, --data or --tasks")
     texts = None if text is None else load_texts(text)
     examples = None if data is None else load_examples(data)[:limit]
-    with _changed(model, plan, adapter, dtype) as (changed, tokenizer):
-        base = _baseline(model, plan, adapter, against, dtype)
+    with (
+        _changed(model, plan, adapter, dtype) as (changed, tokenizer),
+        _baseline(model, plan, adapter, against, dtype) as base,
+    ):
         batches = None if texts is None else text_batches(tokenizer, texts, tokens, batch, limit=rows)
         if dry_run:
             show(_estimate(changed, base, batches, examples, tasks), as_json)
@@ -116,11 +118,14 @@ def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -
         yield loaded, tokenizer
 
 
-def _baseline(source: str, plan: Path | None, adapter: Path | None, against: str | None, dtype: str) -> Any:
-    """The model that differences are taken to; None where nothing was changed and none is named."""
+@contextmanager
+def _baseline(source: str, plan: Path | None, adapter: Path | None, against: str | None, dtype: str) -> Iterator[Any]:
+    """The model that differences are taken to, under the plan that it may carry; None where there is none."""
     if against is None and plan is None and adapter is None:
-        return None
-    return load(against or source, dtype)[0]
+        yield None
+        return
+    with _changed(against or source, None, None, dtype) as (model, _):
+        yield model
 
 
 def _text(model: Any, base: Any, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from elision.cli.common import DryRun, Dtype, Json, Model, Rows, RunDirectory, Text, Tokens, load, run_directory, show
+from elision.cli.config import command_line
 from elision.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ def calibrate(
     drop: Annotated[float | None, typer.Option(help="Share of the blocks to drop instead.")] = None,
     tiers: Annotated[str | None, typer.Option(help="t1,t2, shares of perplexity: heal blocks above.")] = None,
     healing: Annotated[bool, typer.Option("--healing", help="Plan for `elision spd heal` to follow.")] = False,
+    recovered: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOW=SHARE", help="What an earlier healing won back, b2b=0.73 say; may be repeated."),
+    ] = None,
     method: Annotated[Method, typer.Option(help="How blocks are ordered: exactly, or faster.")] = "sequential",
     probe: Annotated[Path | None, typer.Option(help="What `spd probe --out` wrote: mix treatments for it.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Instead of --probe: seconds of an empty all-reduce.")] = None,
@@ -69,7 +74,7 @@ def calibrate(
     from elision.report import sources
     from elision.spd.calibration import Limit
 
-    limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing)
+    limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing, _shares(recovered or []))
     loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
     workload = _workload(loaded, ranks, probe, alpha, beta, step_ms, step_tokens)
     batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
@@ -115,11 +120,19 @@ def heal(
     out: Annotated[Path, typer.Option(help="Directory of the healed checkpoint; a killed run goes on beside it.")],
     held_out: HeldOut = None,
     correction: Annotated[str | None, typer.Option(help="Fit before training: constant, gain or local_o.")] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text for each block.")] = 10,
+    epochs: Annotated[int, typer.Option(help="Passes over the text for each block.")] = 10,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default set by the model's width.")] = None,
-    lora: Annotated[int, typer.Option(min=0, help="Train matrices in this rank only; 0: in full.")] = 0,
-    polish: Annotated[int, typer.Option(min=0, help="Epochs of all healed blocks together at the end.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the batches' order.")] = 0,
+    judging: Annotated[float, typer.Option(help="Share of the text that judges each epoch, and is not learned.")] = 0.1,
+    teacher_inputs: Annotated[
+        bool, typer.Option("--teacher-inputs", help="Feed blocks what they got with all syncs, as the paper does.")
+    ] = False,
+    lora: Annotated[int, typer.Option(help="Train matrices in this rank only; 0: in full.")] = 0,
+    polish: Annotated[int, typer.Option(help="Epochs of all healed blocks together at the end.")] = 0,
+    polish_lr: Annotated[float | None, typer.Option(help="Their peak learning rate; by default a third of lr.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the batches' order.")] = 0,
+    adapter: Annotated[
+        Path | None, typer.Option(help="With --lora: also write what was learned as a file beside the untouched base.")
+    ] = None,
     stream: Stream = False,
     dtype: Dtype = "float32",
     rows: Rows = 128,
@@ -143,7 +156,9 @@ def heal(
     from elision.spd.artifact import check_replaceable
 
     planned = spd.SyncPlan.load(plan)
-    recipe = spd.Recipe(epochs=epochs, lr=lr, seed=seed, correction=correction, lora=lora, polish=polish)
+    recipe = spd.Recipe(epochs, lr, judging, teacher_inputs, seed, correction, lora, polish, polish_lr)
+    if adapter is not None and not lora:
+        raise InputError(f"adapter {adapter} holds low-rank healing: give --lora 8, say, or leave it out")
     check_replaceable(out)
     loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
     batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
@@ -152,16 +167,18 @@ def heal(
 
         return show(estimates.healing(loaded, planned, batches, apart, recipe), as_json)
     state = out.with_name(f".{out.name}.healing")
+    count = sum(len(batch["input_ids"]) for batch in batches)
+    about = {"Healed on": f"{count} rows of {tokens} tokens of {', '.join(path.name for path in text)}"}
     with run_directory(ctx, run) as kept:
         healed = spd.carry_out(loaded, planned, batches, held_out=apart, recipe=recipe, state=state)
-        files = " ".join(f"--text {path}" for path in text)
-        command = f"elision spd heal {model} --plan {plan} {files} --rows {rows} --tokens {tokens} --out {out}"
-        spd.save(healed.model, healed.plan, out, tokenizer, command=command)
-        shutil.rmtree(state, ignore_errors=True)
+        if adapter is not None:
+            spd.save_adapter(healed.model, healed.plan, adapter)
+        spd.save(healed.model, healed.plan, out, tokenizer, command=command_line(ctx), results=about)
         if (found := healed.plan.verified) is not None:
             kept.metric(dense=found.dense, zero_shot=found.zero_shot, planned=found.planned, recovery=found.recovery)
         kept.finish(**sources.of_plan(healed.plan.to_dict(), out.name))
-    show({"checkpoint": str(out), **_summary(healed.plan)}, as_json, f"{_said(healed.plan)}: {out}")
+    shutil.rmtree(state, ignore_errors=True)
+    show({"checkpoint": str(out), **_summary(healed.plan)}, as_json, f"{_said(healed.plan, planned)}: {out}")
 
 
 def _device() -> str:
@@ -203,6 +220,18 @@ def _thresholds(tiers: str | None) -> tuple[float, float] | None:
     except ValueError:
         raise InputError(f"tiers {tiers!r} are not two numbers: give t1,t2 such as 0.001,0.01") from None
     return first, second
+
+
+def _shares(recovered: list[str]) -> dict[str, float]:
+    """Treatments with the share that each won back."""
+    found = {}
+    for each in recovered:
+        how, _, share = each.partition("=")
+        try:
+            found[how] = float(share)
+        except ValueError:
+            raise InputError(f"recovered {each!r} is no treatment with a share: give b2b=0.73, say") from None
+    return found
 
 
 def _workload(
@@ -250,8 +279,8 @@ def _summary(plan: SyncPlan) -> dict[str, Any]:
     return found
 
 
-def _said(plan: SyncPlan) -> str:
-    """The plan's outcome in a sentence."""
+def _said(plan: SyncPlan, before: SyncPlan | None = None) -> str:
+    """The plan's outcome in a sentence; `before` is what it was before it was carried out."""
     layers = "" if plan.model is None else f" of {plan.model.layers}"
     parts = [f"{len(plan.dropped)}{layers} blocks drop their first sync on {plan.ranks} ranks"]
     parts += [
@@ -269,5 +298,16 @@ def _said(plan: SyncPlan) -> str:
         f"was predicted ({abs(off):.2f} points {'more' if off > 0 else 'less'})"
     )
     if (plan.healed or plan.corrections) and found.recovery is not None:
-        parts.append(f"{100 * found.recovery:.0f}% of the loss recovered")
+        parts.append(f"{100 * found.recovery:.0f}% of the loss recovered{_assumed(before)}")
     return ", ".join(parts)
+
+
+def _assumed(plan: SyncPlan | None) -> str:
+    """What was expected to be recovered by what `plan` says is to be done."""
+    if plan is None or plan.calibration is None or plan.calibration.recovered is None or not plan.healing:
+        return ""
+    from elision.spd.planner import recoveries
+
+    shares = recoveries(plan.calibration.recovered)
+    assumed = [f"{100 * shares[how]:.0f}% by {how}" for how in sorted(set(plan.healing.values()))]
+    return f" where {', '.join(assumed)} was assumed"

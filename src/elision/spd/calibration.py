@@ -5,7 +5,8 @@ a limit allows (METHODS 2.2). Three tiers say how sensitive blocks are to be tre
 (planner.py), the treatments are mixed instead, for the most time saved within the limit.
 
 A prediction goes with every plan: the relative increase of perplexity on the calibration text, measured where blocks
-are dropped as they are; where healing is to follow, it is assumed to win back the shares of planner.RECOVERED.
+are dropped as they are; where healing is to follow, it is assumed to win back the shares that the limit
+names as `recovered` (planner.RECOVERED where none were measured), and the plan records them.
 Held-out text, on which nothing was decided, then says how far off it was; `carry_out` does so again after healing.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from elision.blocks import Decoder
 from elision.errors import InputError
 from elision.layerwise import fingerprint
 from elision.spd.plan import EXCLUSIVE, TIERS, Calibration, SyncPlan, Verified
-from elision.spd.planner import RECOVERED, Workload, choose, options
+from elision.spd.planner import RECOVERED, Workload, choose, options, recoveries
 from elision.spd.proxies import Method, all_scores
 from elision.spd.sensitivity import ascending, covered_by_all, curves
 from elision.spd.simulate import facts
@@ -40,7 +41,7 @@ class Limit:
     """How far a plan may go. Without any, perplexity may rise by one percent.
 
     Raises:
-        InputError: more than one of max_loss, max_kl and drop; a value out of range.
+        InputError: more than one of max_loss, max_kl and drop; a value out of range; an unknown treatment.
     """
 
     max_loss: float | None = None  # relative increase of perplexity after the planned treatment
@@ -48,6 +49,7 @@ class Limit:
     drop: float | None = None  # share of the blocks, rounded to whole ones
     tiers: tuple[float, float] | None = None  # t1 <= t2, shares of the dense perplexity
     healing: bool = False  # `heal` will follow, so more blocks may be dropped
+    recovered: Mapping[str, float] = field(default_factory=dict, hash=False)  # treatment to the share it wins back
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("max_loss", "max_kl", "drop")}
@@ -65,6 +67,7 @@ class Limit:
                 f"tiers={','.join(map(str, self.tiers))} are not two ascending thresholds: give t1,t2 as shares of the "
                 "dense perplexity, 0.001,0.01 say"
             )
+        object.__setattr__(self, "recovered", recoveries(self.recovered))
 
     def count(self, found: Sequence[Quality], healing: Mapping[int, str], order: Sequence[int]) -> int:
         """How many blocks of `order` the limit allows; found[k] is measured with the first k dropped as they are."""
@@ -72,23 +75,29 @@ class Limit:
             return math.floor(self.drop * len(order) + 0.5)
         if self.max_loss is None and self.max_kl is None and self.tiers is not None:
             return len(order)  # the tiers alone: every block, each treated as its tier says
-        expected = [predicted(found, order, k, healing) for k in range(len(found))]
+        expected = [predicted(found, order, k, healing, self.recovered) for k in range(len(found))]
         if self.max_kl is not None:
             return max(k for k, quality in enumerate(expected) if quality.kl <= self.max_kl)
         limit = DEFAULT_LOSS if self.max_loss is None else self.max_loss
         return max(k for k, quality in enumerate(expected) if quality.perplexity <= found[0].perplexity * (1 + limit))
 
 
-def predicted(found: Sequence[Quality], order: Sequence[int], count: int, healing: Mapping[int, str]) -> Quality:
+def predicted(
+    found: Sequence[Quality],
+    order: Sequence[int],
+    count: int,
+    healing: Mapping[int, str],
+    recovered: Mapping[str, float] = RECOVERED,
+) -> Quality:
     """What dropping the first `count` blocks of `order` should come to when those in `healing` are treated so.
 
-    Each block is charged what the zero-shot curve rises by at it; healing wins back a share of that.
+    Each block is charged what the zero-shot curve rises by at it; healing wins back the share of that in `recovered`.
     """
     if not any(block in healing for block in order[:count]):
         return found[count]
     perplexity, kl = found[0]
     for block, before, after in zip(order[:count], found, found[1:], strict=False):
-        left = 1 - RECOVERED.get(healing.get(block, ""), 0.0)
+        left = 1 - (recovered[healing[block]] if block in healing else 0.0)
         perplexity += left * (after.perplexity - before.perplexity)
         kl += left * (after.kl - before.kl)
     return Quality(perplexity, kl)
@@ -110,7 +119,8 @@ def expected(plan: SyncPlan) -> float:
     if found is None or plan.int8 or plan.skipped or set(found.order[:count]) != set(plan.dropped):
         raise InputError("plan carries no measurement of its blocks: make it with elision.spd.calibrate")
     curve = [Quality(value, 0.0) for value in found.perplexities]
-    return predicted(curve, found.order, count, plan.healing).perplexity / found.perplexities[0] - 1
+    shares = recoveries(found.recovered or {})
+    return predicted(curve, found.order, count, plan.healing, shares).perplexity / found.perplexities[0] - 1
 
 
 def calibrate(
@@ -123,6 +133,7 @@ def calibrate(
     drop: float | None = None,
     tiers: tuple[float, float] | None = None,
     healing: bool = False,
+    recovered: Mapping[str, float] | None = None,
     method: Method = "sequential",
     workload: Workload | None = None,
     held_out: Iterable[Batch] | None = None,
@@ -142,6 +153,8 @@ def calibrate(
         tiers: (t1, t2), shares of the dense perplexity: dropped blocks whose sensitivity is above t1 are to be
             distilled, those above t2 have their heads grouped first. Without another limit, all blocks are dropped.
         healing: dropped blocks may be distilled where that lets more be dropped; implied by `tiers`.
+        recovered: share of a block's loss that each of "correct", "b2b" and "hg+b2b" is expected to win back, as
+            `verified.recovery` of an earlier healing says; planner.RECOVERED where it is not given.
         method: how blocks are ordered (proxies.py): "sequential" is exact, the others fast.
         workload: what a step costs on the links that will serve (planner.py): int8 syncs and skipped attention then
             compete with dropped syncs, for the most time saved within max_loss. `ranks` must be the link's.
@@ -153,7 +166,7 @@ def calibrate(
         InputError: as in `sensitivity`; two limits or one out of range; a workload with another limit than max_loss,
             for another model or number of ranks, or one where nothing is worth saving ("do not bother").
     """
-    limit = Limit(max_loss, max_kl, drop, tiers, healing)
+    limit = Limit(max_loss, max_kl, drop, tiers, healing, recovered or {})
     return calibrations(
         model, batches, (ranks,), limit, method=method, workload=workload, held_out=held_out, state=state, quiet=quiet
     )[0]
@@ -199,6 +212,7 @@ def calibrations(
             kls=tuple(quality.kl for quality in curve),
             thresholds=limit.tiers or (),
             tiers=tiered,
+            recovered=limit.recovered if limit.healing or limit.tiers else None,
         )
         if workload is None:
             plan, loss = _prefix(n, limit, order, curve, tiered)
@@ -227,7 +241,7 @@ def _prefix(
             if limit.count(curve, fewer, order) < count:
                 break
             healing = fewer
-    loss = predicted(curve, order, count, healing).perplexity / curve[0].perplexity - 1
+    loss = predicted(curve, order, count, healing, limit.recovered).perplexity / curve[0].perplexity - 1
     return SyncPlan(ranks, tuple(order[:count]), healing=healing), loss
 
 
@@ -259,7 +273,7 @@ def _mixed(
     """The mixture of treatments that saves most within max_loss, measured as a whole, and its predicted loss."""
     dense, losses = _alone(view, data, ranks, method, state, quiet)
     allowed = DEFAULT_LOSS if limit.max_loss is None else limit.max_loss
-    blocks = options(losses, workload, ("b2b",) if limit.healing else ())
+    blocks = options(losses, workload, ("b2b",) if limit.healing else (), limit.recovered)
     budget = allowed
     for _ in range(TRIES):
         picks = choose(blocks, budget)
@@ -268,9 +282,8 @@ def _mixed(
         plan = SyncPlan.of(ranks, {block: pick.treatment for block, pick in taken.items()}, healing)
         title = "Mixed treatments"
         measured = measure(view, data, [plan], state=state, quiet=quiet, title=title)[0].perplexity / dense - 1
-        won = sum(
-            losses["dropped"][block] * RECOVERED[how] for block, how in plan.healing.items()
-        )  # what healing should win back of the measured loss
+        # What healing should win back of the measured loss.
+        won = sum(losses["dropped"][block] * limit.recovered[how] for block, how in plan.healing.items())
         loss = measured - won
         if loss <= allowed:
             return plan, loss

@@ -65,7 +65,7 @@ class Recipe:
     polish_lr: float | None = None  # None: a third of lr
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("lora", 0), ("polish", 0)):
+        for name, least in (("epochs", 1), ("lora", 0), ("polish", 0), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name} {value!r} is not a whole number of at least {least}: give one")
@@ -136,8 +136,7 @@ def heal(
         raise InputError("data holds one batch: give at least two, because some are held out to judge the others")
     if state is not None and Path(state).exists() and not Path(state).is_dir():
         raise InputError(f"state {state} is a file: give a directory")
-    if is_streamed(view.blocks[0].layer):
-        _check_streamed(recipe, state)
+    check_streamed(view, recipe, state)
     orders: dict[int, tuple[int, ...]] = {}
     if apart := [i for i, how in plan.healing.items() if how == "hg+b2b" and i in chosen and i not in plan.heads]:
         orders = grouped(view, plan, checked, apart, quiet)
@@ -191,8 +190,10 @@ def heal(
     return Treated(view.model, healed)
 
 
-def _check_streamed(recipe: Recipe, state: str | Path | None) -> None:
+def check_streamed(view: Decoder, recipe: Recipe, state: str | Path | None) -> None:
     """Raise InputError where a model of which one block is in memory cannot be healed so."""
+    if not is_streamed(view.blocks[0].layer):
+        return
     if state is None:
         raise InputError("model is streamed, so its healed blocks need a place on disk: give state, a directory")
     if recipe.polish:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from elision.errors import InputError
 from elision.spd.artifact import Treated
 from elision.spd.calibration import expected, verified
-from elision.spd.distill import Recipe, heal
+from elision.spd.distill import Recipe, check_streamed, heal
 from elision.spd.plan import SyncPlan
 from elision.spd.planner import RECOVERED
 from elision.spd.simulate import covered, facts
@@ -52,6 +52,7 @@ def carry_out(
         raise InputError("plan drops no sync, so there is nothing to heal: calibrate with a wider limit")
     if not plan.original_weights:
         raise InputError("plan is carried out already, its checkpoint is healed: give the plan that calibrate wrote")
+    check_streamed(view, recipe or Recipe(), state)
     checked = check_batches(batches, view.config.vocab_size)
     apart = None if held_out is None else check_batches(held_out, view.config.vocab_size)
     wanted = plan.healing or dict.fromkeys(plan.dropped, "b2b")

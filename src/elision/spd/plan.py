@@ -37,7 +37,8 @@ class Calibration:
     i+1..L-1), the others are proxies.py's); order lists the blocks by ascending sensitivity; perplexities[k] is
     measured with the first k blocks of that order dropped as they are, so [0] is the dense model's, and kls[k] is the
     mean KL divergence from the dense model there, in nats a token. tiers[i] is block i's of TIERS by `thresholds`,
-    which are shares of the dense perplexity; both are absent where no thresholds were given.
+    which are shares of the dense perplexity; both are absent where no thresholds were given. `recovered` says what
+    share of its loss each treatment of HEALING was expected to win back; absent where no healing was planned for.
     """
 
     data: str  # fingerprint of the batches
@@ -49,6 +50,7 @@ class Calibration:
     kls: tuple[float, ...] = ()
     thresholds: tuple[float, ...] = ()
     tiers: tuple[str, ...] = ()
+    recovered: Mapping[str, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("sensitivities", "perplexities", "kls", "thresholds"):
@@ -72,6 +74,10 @@ class Calibration:
                 f"thresholds {list(self.thresholds)} and tiers {list(self.tiers)} are not two numbers and one of "
                 f"{', '.join(TIERS)} a block: calibrate again"
             )
+        if self.recovered is not None:
+            if not isinstance(self.recovered, Mapping) or set(self.recovered) - set(HEALING):
+                raise InputError(f"recovered {self.recovered!r} is no mapping of {', '.join(HEALING)}: calibrate again")
+            _numbers(tuple(self.recovered.values()), "recovered")
 
 
 _STRINGS = {"data": "fingerprint", "method": "name"}
@@ -211,7 +217,7 @@ class SyncPlan:
             part = getattr(self, name)
             if part is not None:
                 values = {entry.name: getattr(part, entry.name) for entry in fields(part)}
-                data[name] = {name: _plain(value) for name, value in values.items() if value != ()}
+                data[name] = {name: _plain(value) for name, value in values.items() if value not in ((), None)}
         return data
 
     @classmethod

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from elision.errors import InputError
 from elision.spd.costs import Compute, Link, Saving, saving
-from elision.spd.plan import EXCLUSIVE
+from elision.spd.plan import EXCLUSIVE, HEALING
 
 if TYPE_CHECKING:
     from elision.blocks import Decoder
@@ -28,9 +28,24 @@ if TYPE_CHECKING:
 STEPS = 4000  # parts of the budget: rounding wastes one of them a block at most
 WORTHWHILE = 0.03  # share of a step below which nothing is worth the loss of quality
 
-# Share of a dropped block's loss that healing wins back, for prediction: on the careful side of METHODS 3.2, where
-# constants won back 38 to 47% and distillation 73 to 77%. Verification says what it was.
-RECOVERED = {"correct": 0.35, "b2b": 0.6, "hg+b2b": 0.6}
+# Share of a dropped block's loss that each treatment is assumed to win back, for predictions made before it is tried:
+# on the careful side of METHODS 3.2, where constants won back 38 to 47% and distillation 73 to 77%. What `heal` then
+# measures on held-out text (`Verified.recovery`) belongs in `recovered` of the next calibration.
+RECOVERED: Mapping[str, float] = {"correct": 0.35, "b2b": 0.6, "hg+b2b": 0.6}
+
+
+def recoveries(measured: Mapping[str, float]) -> dict[str, float]:
+    """RECOVERED, with what was measured in its place.
+
+    Raises:
+        InputError: a treatment that is not one of HEALING, or no share.
+    """
+    for how, share in measured.items():
+        if how not in HEALING:
+            raise InputError(f"recovered names {how!r}, which is no treatment: use one of {', '.join(HEALING)}")
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share <= 1:
+            raise InputError(f"recovered {share!r} of {how} is not a share: give a number from 0 to 1")
+    return {**RECOVERED, **measured}
 
 
 @dataclass(frozen=True)
@@ -109,14 +124,18 @@ class Option:
 
 
 def options(
-    losses: Mapping[str, Sequence[float]], workload: Workload, healing: Sequence[str] = ()
+    losses: Mapping[str, Sequence[float]],
+    workload: Workload,
+    healing: Sequence[str] = (),
+    recovered: Mapping[str, float] = RECOVERED,
 ) -> list[list[Option]]:
     """Every block's options that save time.
 
     Args:
         losses: treatment to the relative loss of each block alone.
         workload: what a step costs.
-        healing: what may be done to dropped blocks besides dropping them as they are, keys of RECOVERED.
+        healing: what may be done to dropped blocks besides dropping them as they are, some of HEALING.
+        recovered: the share of the loss that each of these wins back.
     """
     found: list[list[Option]] = [[] for _ in range(workload.layers)]
     for treatment in (how for how in EXCLUSIVE if how in losses):
@@ -127,7 +146,7 @@ def options(
             loss = max(loss, 0.0)  # a gain is noise, and must not buy a loss elsewhere
             own.append(Option(treatment, loss, seconds))
             if treatment == "dropped":
-                own.extend(Option(treatment, loss * (1 - RECOVERED[how]), seconds, how) for how in healing)
+                own.extend(Option(treatment, loss * (1 - recovered[how]), seconds, how) for how in healing)
     return found
 
 

@@ -161,10 +161,14 @@ def check_plain(block: Block, *, streamed: bool = False) -> None:
 
     `streamed`: weights may be absent where they are read from the checkpoint when they are needed (streaming.py).
     """
+    if hasattr(block.layer, "_hf_hook") or hasattr(block.o.base, "_hf_hook"):
+        raise InputError(
+            f"block {block.index} is dispatched by accelerate, over several devices or to disk: load the model onto "
+            "one device, or read it block by block with elision.spd.open_streamed (--stream)"
+        )
     if "forward" in vars(block.layer) or "forward" in vars(block.o.base):
         raise InputError(
-            f"block {block.index}'s forward is replaced already, by another simulation or by accelerate's hooks: "
-            "remove that one first"
+            f"block {block.index}'s forward is replaced already, by another simulation: remove that one first"
         )
     for name, projection in block.projections.items():
         where = f"block {block.index}'s {name} projection"

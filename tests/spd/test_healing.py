@@ -1,4 +1,4 @@
-"""Healing a model of which one block is in memory: the same weights, plan and checkpoint as of one that is loaded."""
+"""A plan carried out: what held-out text says of it, and the same of a model of which one block is in memory."""
 
 from __future__ import annotations
 
@@ -8,16 +8,52 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from elision import spd
+from elision import InputError, spd
 from elision.blocks import decoder
-from elision.spd import Recipe, SyncPlan, carry_out, open_streamed
+from elision.spd import Recipe, SyncPlan, calibrate, carry_out, open_streamed
 from elision.streaming import resident
 from tests.spd.test_calibration import APART
-from tests.spd.test_sensitivity import DATA
+from tests.spd.test_sensitivity import DATA, brute_force
 from tests.spd.tiny import tiny, token_ids
 
 BATCHES = [*DATA, *({"input_ids": token_ids(2, 9, seed)} for seed in (11, 12))]
 HOW = {0: "hg+b2b", 1: "correct", 2: "b2b"}
+
+
+def test_held_out_text_says_what_came_back_and_how_far_off_the_prediction_was():
+    model = tiny("llama", num_hidden_layers=4)
+    plan = calibrate(model, BATCHES, 3, drop=0.75, healing=True, recovered={"b2b": 0.9}, quiet=True)
+    assert plan.calibration is not None and set(plan.healing.values()) == {"b2b"} and len(plan.dropped) == 3
+    bare = SyncPlan(3, plan.dropped)
+    before = [brute_force(model, APART, *each) for each in ((1, ()), (3, plan.dropped))]
+    healed = carry_out(model, plan, BATCHES, held_out=APART, recipe=Recipe(epochs=2), quiet=True)
+    found = healed.plan.verified
+    assert found is not None and healed.plan.healed == plan.dropped
+    assert [found.dense, found.zero_shot] == pytest.approx(before, rel=1e-11)
+    assert found.planned == pytest.approx(brute_force(model, APART, 3, bare.dropped), rel=1e-11)
+    assert found.recovery == pytest.approx((before[1] - found.planned) / (before[1] - before[0]), rel=1e-9)
+    zero_shot = plan.calibration.perplexities[3] / plan.calibration.perplexities[0] - 1
+    assert found.predicted == pytest.approx(0.1 * zero_shot, rel=1e-9)  # the share that was said to come back
+    assert found.loss == pytest.approx(found.planned / before[0] - 1, rel=1e-9) and found.loss != found.predicted
+
+
+@pytest.mark.parametrize(
+    ("match", "arguments"),
+    [
+        ("plan drops no sync", {"plan": SyncPlan(3)}),
+        ("plan is carried out already", {"plan": SyncPlan(3, (0,), healed=(0,))}),
+        ("so its healed blocks need a place on disk: give state", {}),
+        ("polish 2 trains all healed blocks together", {"state": "state", "recipe": Recipe(polish=2)}),
+    ],
+)
+def test_what_cannot_be_carried_out(match, arguments, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    model = open_streamed(tmp_path / "model")
+    if "state" in arguments:
+        arguments = {**arguments, "state": tmp_path / "state"}
+    with pytest.raises(InputError, match=match) as caught:
+        carry_out(model, **{"plan": SyncPlan(3, (0,)), "batches": BATCHES, "quiet": True, **arguments})
+    assert "\n" not in str(caught.value) and not (tmp_path / "state").exists()
 
 
 def blocks_of(model) -> list[dict[str, torch.Tensor]]:
