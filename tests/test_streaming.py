@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.spd.test_calibration import APART
 from tests.spd.test_sensitivity import DATA
 from tests.spd.tiny import tiny
 
-TIED = {"llama": {"tie_word_embeddings": True}}
+TIED: dict[str, Any] = {"llama": {"tie_word_embeddings": True}}
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi3", "granite"])
@@ -172,5 +173,9 @@ class TestRefusals:
         self.refused(r"holds no tensor model.layers.3", saved)
 
     def test_what_needs_all_weights_at_once(self, saved):
-        with pytest.raises(InputError, match="block 0's q projection is offloaded"):
-            simulate(open_streamed(saved), SyncPlan(3, (0,)))
+        for use in (
+            lambda model: simulate(model, SyncPlan(3, (0,))),
+            lambda model: calibrate(model, DATA, 3, method="integrated", quiet=True),
+        ):
+            with pytest.raises(InputError, match="block 0 is read from disk when it is visited, and this needs all"):
+                use(open_streamed(saved))

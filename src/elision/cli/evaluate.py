@@ -96,7 +96,7 @@ def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -
 
     from elision import spd
     from elision.files import read_json
-    from elision.loading import load_adapter, load_tokenizer
+    from elision.loading import load_adapter, load_tokenizer, named_dtype
 
     planned = None if plan is None else spd.SyncPlan.load(plan)
     if planned is not None and not planned.original_weights:
@@ -107,7 +107,7 @@ def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -
     if config.is_file() and isinstance(values := read_json(config, "model config"), dict) and "spd_plan" in values:
         if planned is not None or adapter is not None:
             raise InputError(f"{source} carries its plan and weights made for it: leave --plan and --adapter out")
-        treated = spd.read(source)
+        treated = spd.read(source, dtype=named_dtype(dtype))
         with treated.simulate():
             yield treated.model.eval(), load_tokenizer(source)
         return

@@ -170,14 +170,17 @@ def check_plain(block: Block, *, streamed: bool = False) -> None:
         raise InputError(
             f"block {block.index}'s forward is replaced already, by another simulation: remove that one first"
         )
+    if is_streamed(block.layer) and not streamed:
+        raise InputError(
+            f"block {block.index} is read from disk when it is visited, and this needs all blocks at once: load the "
+            "model whole (calibrate and heal do without, but for the method integrated)"
+        )
     for name, projection in block.projections.items():
         where = f"block {block.index}'s {name} projection"
         if projection.module is not projection.base:
             raise InputError(f"{where} carries an adapter: merge it first, with model.merge_and_unload()")
-        if projection.weight.is_meta and not (
-            streamed and is_streamed(block.layer)
-        ):  # reading refuses what is quantised
-            raise InputError(f"{where} is offloaded: load the model without a device_map, or calibrate it streamed")
+        if projection.weight.is_meta and not is_streamed(block.layer):
+            raise InputError(f"{where} is offloaded: load the model without a device_map, or read it block by block")
 
 
 def local_block(block: Block, rank: int, ranks: int, correction: Correction | None = None) -> LocalBlock:
