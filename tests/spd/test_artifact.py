@@ -144,14 +144,15 @@ def test_the_card_has_plan_data_command_and_results(tmp_path):
     assert spd.read_plan(tmp_path / "out") == plan
 
 
+@pytest.fixture(scope="module")
+def healed() -> spd.Treated:
+    plan = SyncPlan(3, (0, 2), healing={0: "hg+b2b", 2: "b2b"})
+    batches = [{"input_ids": token_ids(2, 9, seed)} for seed in range(3)]
+    return spd.heal(tiny("llama"), plan, batches, recipe=spd.Recipe(epochs=1), quiet=True)
+
+
 class TestAnotherModelThanTheHealedOne:
     """A plan that was carried out is of one model's weights, and the others do not run under it unnoticed."""
-
-    @pytest.fixture(scope="class")
-    def healed(self) -> spd.Treated:
-        plan = SyncPlan(3, (0, 2), healing={0: "hg+b2b", 2: "b2b"})
-        batches = [{"input_ids": token_ids(2, 9, seed)} for seed in range(3)]
-        return spd.heal(tiny("llama"), plan, batches, recipe=spd.Recipe(epochs=1), quiet=True)
 
     @pytest.mark.parametrize(
         "use",
