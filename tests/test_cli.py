@@ -49,6 +49,11 @@ def refused(result: Result) -> str:
     return line
 
 
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "elision", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"elision {elision.__version__}\n"
+
+
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"elision {elision.__version__}\n"
     assert run("--help").exit_code == 0
