@@ -97,7 +97,6 @@ def test_a_model_that_a_device_map_put_on_one_device_is_calibrated_there(tmp_pat
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, **how)
         for how in ({}, {"device_map": {"": "cpu"}})
     )
-    assert placed.hf_device_map == {"": torch.device("cpu")} or set(placed.hf_device_map.values()) == {"cpu"}
     assert calibrate(placed, DATA, 3, quiet=True) == calibrate(plain, DATA, 3, quiet=True)
 
 
