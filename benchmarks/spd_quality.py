@@ -10,9 +10,9 @@ agree with the exact one.
 
 Text that is scored is never calibrated on: the two splits of the standard library's sources, and WikiText-2's
 validation part where the data folder has it. The recipe is spd_quality.json beside this file, fixed before the
-measurement. Every number is kept in --out as soon as it is known: a killed run, started again, goes on, and one
-process a model may share one --out. `spd_quality_report.py` turns it into docs/results/spd_quality.md, also at the end
-of every run. The last line is JSON.
+measurement. Every number is kept in --out as soon as it is known: a killed run, started again, goes on, on another
+machine too where the files went with it, and one process a model may share one --out. `spd_quality_report.py` turns it
+into docs/results/spd_quality.md, also at the end of every run. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from spd_quality_report import CURVES, FAST, load, page, summary
+from spd_quality_report import CURVES, FAST, JOURNALS, load, page, summary
 from torch.nn import functional as F
 
 from elision import files
@@ -162,7 +162,8 @@ def only(model: Any, treated: Treated, kept: tuple[int, ...]) -> Treated:
 
 def main(
     models: Annotated[list[str], typer.Argument(help="Model directories, Hugging Face ids or 'reference'.")],
-    out: Annotated[Path, typer.Option(help="Working directory; a rerun there resumes.")] = Path("runs/spd_quality"),
+    out: Annotated[Path, typer.Option(help="Directory of the journals; a rerun there resumes.")] = JOURNALS,
+    state: Annotated[Path, typer.Option(help="Directory of what is half done.")] = Path("runs/spd_quality"),
     text: Annotated[list[Path] | None, typer.Option(help="Text to calibrate on.")] = None,
     held_out: Annotated[list[Path] | None, typer.Option(help="Other text, to score on.")] = None,
     recipe: Annotated[Path, typer.Option(help="The recipe.")] = RECIPE,
@@ -203,7 +204,7 @@ def main(
                 key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
                 path = out / f"{model.config.model_type}-{seed}-{ranks}-{key}.json"
                 journal = Journal(path, about)
-                measure(model, ranks, seed, settings, calibration, scored, journal, out / "state")
+                measure(model, ranks, seed, settings, calibration, scored, journal, state)
                 journal("done", lambda: True)
     journals = load(out, settings)
     files.write_text(report, page(journals, settings))

@@ -17,6 +17,7 @@ import typer
 from elision import files
 
 ROOT = Path(__file__).resolve().parents[1]
+JOURNALS = ROOT / "docs/results/spd_quality"
 COMMAND = "python benchmarks/spd_quality.py reference runs/second_models/opt/model runs/second_models/qwen2/model"
 FAST = ("integrated", "fisher", "output_error", "single")
 CURVES = ("zero-shot", "B2B (paper)", "HG + B2B (paper)", "ours")
@@ -267,7 +268,7 @@ def point(name: str, saving: float, costs: Sequence[float], kind: str) -> dict[s
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="The working directory of spd_quality.py.")] = Path("runs/spd_quality"),
+    out: Annotated[Path, typer.Argument(help="The working directory of spd_quality.py.")] = JOURNALS,
     recipe: Annotated[Path, typer.Option(help="The recipe.")] = ROOT / "benchmarks/spd_quality.json",
     report: Annotated[Path, typer.Option(help="Page to write.")] = ROOT / "docs/results/spd_quality.md",
 ) -> None:
