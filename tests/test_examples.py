@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,18 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (tmp_path / "served" / "config.json").is_file()
 
 
+def test_sync_point_drop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("calibrate_heal_serve.py", tmp_path, rows=8, length=64, epochs=1)
+    printed = capsys.readouterr().out
+    assert "11 of 12 blocks without their sync" in printed and "2 ranks generated the same as one process" in printed
+    dense, dropped, healed = map(float, re.findall(r"\d+\.\d\d", printed)[:3])
+    assert dense < min(dropped, healed)  # eight rows are too few to say how much healing wins back
+    assert f"vllm serve {tmp_path / 'served'} --tensor-parallel-size 2" in printed
+
+
 def test_each_has_its_command_line() -> None:
     found = sorted(EXAMPLES.glob("*.py"))
-    assert len(found) == 4
+    assert len(found) == 5
     for path in found:
-        assert f"python examples/{path.name} --steps 60 --out runs/" in path.read_text(encoding="utf-8")
+        command = rf"python examples/{path.name} --(steps 60|rows 32) --out runs/\w+$"
+        assert re.search(command, path.read_text(encoding="utf-8"), re.MULTILINE), path

@@ -92,3 +92,20 @@ def test_every_second_layer() -> None:
     expected = result(model, "reference")
     model.get_base_model().activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
     assert tiny.close(result(model, "fast"), expected)
+
+
+def test_a_hosts_own_checkpointing_finds_the_layer() -> None:
+    """As LLaMA-Factory's, which checkpoints only what trains and asks a bound method for its module."""
+    model, seen = tiny.lora(), []
+    expected = result(model, "fast")
+    tiny.checkpoint(model, False)
+    layers = [layer for layer in model.modules() if hasattr(layer, "self_attn")]
+    for layer in layers:
+
+        def asking(function: Any, *args: Any, own: Any = layer._gradient_checkpointing_func) -> Any:
+            seen.append(getattr(function, "__self__", None))
+            return own(function, *args)
+
+        layer._gradient_checkpointing_func = asking
+    assert tiny.close(result(model, "fast"), expected)
+    assert seen[: len(layers)] == layers  # block by block
