@@ -26,7 +26,19 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Fine-tune (SparseLoRA) and serve (Sync-Point Drop) LLMs without the work that does not matter.",
+    help="""Fine-tune (SparseLoRA) and serve (Sync-Point Drop) LLMs without the work that does not matter.
+
+    Both methods measure what each layer can spare on your data, write it down
+    as a plan, leave the rest out, and say what it cost. MODEL is a directory, a
+    Hugging Face id, or 'reference', a small model that comes with elision.
+
+    \b
+    Begin with:
+      elision demo                 both methods, some ten minutes, nothing to prepare
+      elision inspect MODEL        which of them covers a model
+      elision sparselora --help    fine-tune with less computation
+      elision spd --help           serve with less communication
+    """,
 )
 app.command()(inspect)
 app.command("eval")(evaluate)

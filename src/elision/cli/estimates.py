@@ -144,13 +144,11 @@ def healing(
         judged = (len(batches) - count) / 3  # forward alone
         passes = len(distilled) * recipe.epochs * (count + judged) + layers * recipe.polish * len(batches)
         seconds = step * (passes + 2 / 3 * layers * len(batches) + layers * len(apart or ()))
-        kept = 4 * sum(
-            p.numel() * max(4, p.element_size()) for p in student.trained.values()
-        )  # gradient, moments, best
+        trained = sum(p.numel() * max(4, p.element_size()) for p in student.trained.values())
+        kept = 4 * trained  # its gradient, two moments and the best values
     width = view.blocks[0].hidden_size * next(model.parameters()).element_size()
-    kept += width * sum(2 * b["input_ids"].numel() for b in batches) + width * sum(
-        b["input_ids"].numel() for b in apart or ()
-    )
+    rows = [*batches, *batches, *(apart or ())]  # the teacher's stream, the student's, and the end of the held-out one
+    kept += width * sum(batch["input_ids"].numel() for batch in rows)
     found |= _costs(seconds, kept)
     if plan.calibration is not None and not (plan.int8 or plan.skipped):
         before, after = (expected(replace(plan, healing=how)) for how in ({}, wanted))

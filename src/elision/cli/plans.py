@@ -57,7 +57,7 @@ def calibrate(
     \b
     Examples:
       elision sparselora calibrate reference --data pairs.jsonl --flops 0.6 --out plan.json
-      elision sparselora calibrate ./model --data pairs.jsonl --max-loss 0.01 --out plan.json --run runs/plan
+      elision sparselora calibrate ./model --data pairs.jsonl --max-loss 0.01 --out plan.json
     """
     from elision import sparselora
     from elision.report import sources
@@ -111,7 +111,7 @@ def presets(as_json: Json = False) -> None:
 
     \b
     Example:
-      elision sparselora train ./llama-3-8b --data pairs.jsonl --plan llama3-8b/math10k --out adapter
+      elision sparselora train ./llama --data pairs.jsonl --plan llama3-8b/math10k --out adapter
     """
     from elision.sparselora import SparsityPlan, presets
 

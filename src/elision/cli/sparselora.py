@@ -25,13 +25,14 @@ app = typer.Typer(
     \b
     In this order:
       bench      what it would gain on your data, timed
+      presets    the paper's plans, if your model is one of its models; else
       calibrate  a plan: what each layer can spare on your data
       train      the adapter, by that plan
     """,
 )
-app.command()(plans.calibrate)
-app.command()(plans.presets)
 app.command()(plans.bench)
+app.command()(plans.presets)
+app.command()(plans.calibrate)
 
 
 @app.command()
@@ -65,8 +66,8 @@ def train(
     \b
     Examples:
       elision sparselora train reference --data pairs.jsonl --sparsity 0.75 --out adapter
-      elision sparselora train ./model --data pairs.jsonl --plan plan.json --out adapter --run runs/sparse
-      elision sparselora train ./model --data pairs.jsonl --sparsity 0 --out lora --run runs/lora
+      elision sparselora train ./model --data pairs.jsonl --plan plan.json --out adapter
+      elision sparselora train ./model --data pairs.jsonl --sparsity 0 --out lora
     """
     from elision.data import collate, encode, load_examples
     from elision.report import sources

@@ -67,8 +67,8 @@ def calibrate(
     \b
     Examples:
       elision spd calibrate reference --text notes.txt --ranks 4 --out plan.json
-      elision spd calibrate ./model --text notes.txt --ranks 8 --max-loss 0.02 --healing --out plan.json
-      elision spd calibrate ./model --text notes.txt --ranks 8 --probe probe.json --step-ms 12 --out plan.json
+      elision spd calibrate ./model --text notes.txt --ranks 8 --healing --out plan.json
+      elision spd calibrate ./model --text notes.txt --ranks 8 --drop 0.7 --run runs/plan --out plan.json
     """
     from elision import spd
     from elision.report import sources
