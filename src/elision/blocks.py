@@ -65,16 +65,19 @@ _MATRIX = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # what 
 
 
 def quantised(base: nn.Module) -> str | None:
-    """How the weight of a linear map is quantised: "nf4", "fp4", "int8" (torchao, weight only) or another class of
-    torchao's; None: not, as far as is known.
+    """How the weight of a linear map is quantised: "nf4", "fp4", "int8", "int4" (torchao, weight only) or another class
+    of torchao's; None: not, as far as is known.
     """
     weight: Any = getattr(base, "weight", None)
     if type(weight).__name__ == "Params4bit":
         return str(weight.quant_type)
     if not type(weight).__module__.startswith("torchao."):
         return None
-    plain = type(weight).__name__ == "Int8Tensor" and getattr(weight, "act_quant_kwargs", None) is None
-    return "int8" if plain else f"torchao's {type(weight).__name__}"
+    name = type(weight).__name__
+    activations = {"Int8Tensor": "act_quant_kwargs", "IntxUnpackedToInt8Tensor": "activation_quantization"}
+    if name not in activations or getattr(weight, activations[name], None) is not None:
+        return f"torchao's {name}"
+    return str(getattr(weight, "target_dtype", "int8")).removeprefix("torch.")
 
 
 def matrix(base: nn.Module) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from elision.sparselora import sparsify
 from tests.sparselora import tiny
@@ -42,13 +43,24 @@ def trained(rank: int, ranks: int, path: Any) -> tuple[dict[str, Tensor], dict[s
     return {name: p.detach().clone() for name, p in adapters(model).items()}, counted
 
 
-def sharded(rank: int, ranks: int, path: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The same under FSDP2, each layer and the rest a unit, as accelerate wraps them (it does so on GPUs alone)."""
-    model: Any = tiny.lora()
+def sharded(
+    rank: int, ranks: int, path: Any, parts: bool = False, checkpointed: bool = False, mixed: bool = False
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The same under FSDP2, in the units in which accelerate wraps a model (it does so on GPUs alone): each layer, the
+    embeddings, final norm and head, and the rest. `parts`: each attention and each MLP instead of each layer.
+    `mixed`: gathered in bfloat16.
+    """
+    model: Any = tiny.lora(dtype=torch.float32) if mixed else tiny.lora()
+    shard = partial(fully_shard, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if mixed else None))
+    inner = model.get_base_model()
+    if checkpointed:
+        tiny.checkpoint(model, reentrant=False)
     with sparsify(model, tiny.plan(model, 0.6, dense_steps=0.3), path=path) as handle:
-        for layer in model.get_base_model().model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+        layers = [[layer.self_attn, layer.mlp] if parts else [layer] for layer in inner.model.layers]
+        for unit in (*(unit for layer in layers for unit in layer), inner.model.embed_tokens):
+            shard(unit)
+        shard([inner.model.norm, inner.lm_head])
+        shard(model)
         optimizer = torch.optim.SGD(adapters(model).values(), lr=RATE)
         for index, batch in enumerate(micro_batches()[rank::ranks]):
             handle.step(index // ACCUMULATED / STEPS)
@@ -75,7 +87,12 @@ def rank_main(rank: int, place: Path) -> None:
     for name, case, path in (
         ("ddp-fast", trained, "fast"),
         ("ddp-reference", trained, "reference"),
-        ("fsdp2", sharded, "auto"),
+        ("fsdp2-fast", sharded, "fast"),
+        ("fsdp2-checkpointed", partial(sharded, checkpointed=True), "fast"),
+        ("fsdp2-reference", sharded, "reference"),
+        ("fsdp2-mixed-fast", partial(sharded, mixed=True), "fast"),
+        ("fsdp2-mixed-reference", partial(sharded, mixed=True), "reference"),
+        ("fsdp2-parts", partial(sharded, parts=True), "auto"),
     ):
         torch.save(case(rank, RANKS, path), place / f"{name}{rank}.pt")
     dist.destroy_process_group()

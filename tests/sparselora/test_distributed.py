@@ -64,15 +64,33 @@ def test_gradients_that_are_not_reduced_would_show(ranks: Path) -> None:
     assert not same(found, alone("fast", loop.RANKS)[0], 1e-3)
 
 
-@pytest.mark.parametrize("name", ["ddp-fast", "ddp-reference", "fsdp2"])
-def test_two_processes_give_what_one_gives(ranks: Path, name: str) -> None:
-    path = "fast" if name == "ddp-fast" else "reference"
+@pytest.mark.parametrize(
+    ("name", "path", "paths"),
+    [
+        ("ddp-fast", "fast", {"fast": 6}),
+        ("ddp-reference", "reference", {}),
+        ("fsdp2-fast", "fast", {"fast": 6}),
+        ("fsdp2-checkpointed", "fast", {"fast": 6}),
+        ("fsdp2-reference", "reference", {}),
+        (
+            "fsdp2-parts",
+            "reference",
+            {"reference (FSDP2 without a unit for each layer)": 6},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_two_processes_give_what_one_gives(ranks: Path, name: str, path: str, paths: dict[str, int]) -> None:
     expected, _ = alone(path)
     found = [torch.load(ranks / f"{name}{rank}.pt") for rank in range(loop.RANKS)]
     for adapters, counted in found:
         assert same(adapters, expected, 1e-12)
-        assert counted["dense (first steps)"] == 2 and counted["sparse"] == 4
-        if name == "ddp-fast":
-            assert counted["fast"] == 6
-        if name == "fsdp2":
-            assert counted["reference (weights that FSDP2 shards)"] == 6
+        assert counted == {"dense (first steps)": 2, "sparse": 4, **paths}
+
+
+def test_mixed_precision_under_fsdp2(ranks: Path) -> None:
+    (fast, counted), (reference, _) = (torch.load(ranks / f"fsdp2-mixed-{path}0.pt") for path in ("fast", "reference"))
+    assert counted == {"dense (first steps)": 2, "sparse": 4, "fast": 6}
+    assert same(fast, reference, 2e-2)
+    before = {n: p.detach() for n, p in loop.adapters(loop.tiny.lora(dtype=torch.float32)).items()}
+    assert not same(reference, before, 5e-2) and {p.dtype for p in fast.values()} == {torch.float32}

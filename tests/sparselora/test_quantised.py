@@ -97,6 +97,27 @@ def test_nothing_dequantised_is_kept_and_removal_restores() -> None:
     assert tiny.close(step(model), dense, 0.0)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_under_autocast_as_qlora_is_trained(nested: bool) -> None:
+    """4-bit maps that compute in bfloat16, all else in single precision, Trainer(bf16=True)."""
+    model, inputs = qlora("llama", nested), tiny.batch((11, 9, 14), (6, 7, 3))
+    kept, found = None, []
+    for path, dtype in (("reference", torch.float32), ("reference", torch.bfloat16), ("fast", torch.bfloat16)):
+        for block in blocks.decoder(model).blocks:
+            for projection in block.projections.values():
+                projection.base.compute_dtype = dtype  # type: ignore[assignment]
+        autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        with autocast, sparsify(model, tiny.plan(model), path=path) as handle:  # type: ignore[arg-type]
+            handle.hold(kept)
+            model(**inputs, use_cache=False).loss.backward()
+            found.append(tiny.gradients(model))
+            assert handle.paths == ({"fast": 1} if path == "fast" else {})
+            kept = handle.kept
+    exact, reference, fast = found
+    errors = [sum(float((e[n] - exact[n]).square().sum()) for n in exact) ** 0.5 for e in (reference, fast)]
+    assert 0 < errors[1] <= 2 * errors[0]
+
+
 def test_products_in_another_precision_take_the_reference_by_name() -> None:
     model = qlora("llama")
     blocks.decoder(model).blocks[1].up.base.compute_dtype = torch.bfloat16  # type: ignore[assignment]

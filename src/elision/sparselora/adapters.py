@@ -52,17 +52,16 @@ def draw(block: Block, shape: tuple[int, int], order: Tensor) -> Masks:
 
 def stacked(
     projections: list[Projection],
-    like: Tensor,
+    dtype: torch.dtype,
     masks: Masks,
     chosen: slice = slice(None),
     low: int = 0,
     high: int | None = None,
 ) -> Adapters:
-    """Active adapters of stacked projections, cast to the dtype of `like`, for the outputs [low, high) of the stack.
+    """Active adapters of stacked projections, cast to `dtype`, for the outputs [low, high) of the stack.
 
     `chosen` are the rows that the stack is computed on, of all that `masks` are for.
     """
-    dtype = like.dtype
     found, start, rank = Adapters(), 0, 0
     modules: Any = dict.fromkeys(projection.module for projection in projections)
     factors: list[Tensor] = []
@@ -74,7 +73,7 @@ def stacked(
         if first < last:
             part, names = slice(first - start, last - start), _names(module)
             if weighted:
-                scales.append(_scale(module, dtype, like.device)[part])
+                scales.append(_scale(module, dtype)[part])
             if names:
                 a, b = _factors(module, names)
                 factors.append(a)
@@ -111,10 +110,10 @@ def _factors(layer: Any, names: list[str]) -> tuple[Tensor, Tensor]:
     return (a[0], b[0]) if len(names) == 1 else (torch.cat(a), torch.cat(b, dim=1))
 
 
-def _scale(module: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _scale(module: Any, dtype: torch.dtype) -> Tensor:
     """(outputs,): DoRA's magnitude over the norm of the weight, which it takes as a constant; ones for plain LoRA."""
     if not (names := dora(module)):
-        return torch.ones(module.out_features, dtype=dtype, device=device)
+        return torch.ones(module.out_features, dtype=dtype, device=next(module.parameters()).device)
     (name,) = names
     b = module.lora_B[name].weight * module.scaling[name]
     norm = weight_norm(matrix(module.get_base_layer()), module.lora_A[name].weight, b)

@@ -101,7 +101,7 @@ def sparsify(
             raise InputError("selection 'whitened' needs factors made on data: give Factors.whitened(model, batches)")
         factors = factors or Factors.compute(model, plan.rank, plan)
         factors.check(view, plan)
-    return SparseHandle(view, plan, factors, path, elisions or Elisions())
+    return SparseHandle(model, view, plan, factors, path, elisions or Elisions())
 
 
 def lossless(model: nn.Module, elisions: Elisions | None = None, *, path: Route = "auto") -> SparseHandle:
@@ -127,13 +127,20 @@ class SparseHandle:
     """
 
     def __init__(
-        self, view: blocks.Decoder, plan: SparsityPlan, factors: Factors | None, path: Route, elisions: Elisions
+        self,
+        model: nn.Module,
+        view: blocks.Decoder,
+        plan: SparsityPlan,
+        factors: Factors | None,
+        path: Route,
+        elisions: Elisions,
     ) -> None:
         self.plan = plan
         self.forwards: Counter[str] = Counter()
         self.paths: Counter[str] = Counter()
         self.schedule = schedule(self)
         self.draws = 0  # sparse forwards so far: the control "random" draws by it
+        self._model = model
         self._view = view
         self._done: float | None = None  # share of the steps done; None: nobody has told
         self._held: Kept | None = None
@@ -254,7 +261,8 @@ class SparseHandle:
 
     def _stand_in(self, elisions: Elisions) -> None:
         """Put forwards in front of the model's own, and of its stack's, that can take the fast path."""
-        fast, stack = Fast(self._view, self._choices, elisions, {hook.id for hook in self._hooks}), self._stack
+        own, stack = {hook.id for hook in self._hooks}, self._stack
+        fast = Fast(self._model, self._view, self._choices, elisions, own)
         if self._path == "fast" and (reason := fast.obstacle()):
             raise InputError(_uncovered(reason))
         self._fast = fast
@@ -308,7 +316,10 @@ class SparseHandle:
     def _obstacle(self, call: dict[str, Any], labels: Tensor) -> tuple[str, str | None]:
         """At which forward this training forward is computed, and why it takes the reference; None: it does not."""
         assert self._fast is not None
-        at = "model" if "model" in self._standins and self._standins["model"].stands else "stack"
+        model = self._standins.get("model")
+        # 4-bit maps have a precision of their own to be compared with autocast's, which is not on yet
+        mixed = model is not None and model.in_mixed_precision and not blocks.quantised(self._view.blocks[0].q.base)
+        at = "model" if model is not None and (model.stands or mixed) else "stack"
         if at not in self._standins or not self._standins["stack"].stands:
             return at, f"a replaced forward of {'the model' if at == 'model' else 'its stack'}"
         if at == "stack" and call.get("fused_lm_head") is not True:  # TRL's, which reads what bears the loss

@@ -77,7 +77,10 @@ def from_grid(grid: Tensor, rows: Rows, count: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (n, heads, head_dim) in Hugging Face's layout; cos and sin are (n, rotary_dim)."""
+    """Rotary embedding of x (n, heads, head_dim) in Hugging Face's layout; cos and sin are (n, rotary_dim).
+
+    Where these are wider than x, as under autocast, so is what comes out.
+    """
     return _Rotate.apply(x, cos[:, None], sin[:, None])  # type: ignore[return-value]
 
 
@@ -119,13 +122,14 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
+        ctx.dtype = x.dtype
+        return _rotated(x.to(torch.promote_types(x.dtype, cos.dtype)), cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, sin, -1), None, None
+        return _rotated(grad, cos, sin, -1).to(ctx.dtype), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

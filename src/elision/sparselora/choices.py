@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,14 +24,18 @@ from elision.sparselora.plan import PART_OF, PROJECTIONS, Part, SparsityPlan
 Kept = dict[tuple[int, str], Tensor]  # (layer, projection) to the channels kept, ascending
 
 
-@dataclass(eq=False)
 class SparseBatch:
-    """One forward of the model: `rows` (batch, sequence) is True at the tokens computed sparsely."""
+    """One forward of the model: `rows` (batch, sequence) is True at the tokens computed sparsely.
 
-    rows: Tensor
-    number: int = 0  # of the forward; the control "random" draws by it
-    kept: Kept = field(default_factory=dict)
-    opened: bool = False  # whether a block has seen it
+    `number` of the forward is what the control "random" draws by; `opened` says whether a block has seen it. Not a
+    dataclass: of such an argument FSDP2 hands a copy to every layer.
+    """
+
+    def __init__(self, rows: Tensor, number: int = 0, kept: Kept | None = None) -> None:
+        self.rows = rows
+        self.number = number
+        self.kept: Kept = {} if kept is None else kept
+        self.opened = False
 
     def rows_for(self, x: Tensor) -> Tensor:
         """`rows` in the leading shape and on the device of an activation (..., channels)."""

@@ -101,9 +101,9 @@ def _check_base(where: str, base: nn.Module) -> None:
     kind = blocks.quantised(base)
     if isinstance(base, nn.Linear) and base.weight.is_meta:
         raise InputError(f"{where} is offloaded, not a plain nn.Linear: load the model on one device")
-    if kind in ("nf4", "fp4", "int8") or (type(base) is nn.Linear and kind is None):
+    if kind in ("nf4", "fp4", "int8", "int4") or (type(base) is nn.Linear and kind is None):
         return
     raise InputError(
         f"{where} is {kind or type(base).__name__}, not a plain nn.Linear: load the model unquantised, in "
-        "bitsandbytes' 4 bits or with torchao's int8 weights"
+        "bitsandbytes' 4 bits or with torchao's int8 or int4 weights"
     )

@@ -6,6 +6,10 @@ and loss at the rows that bear it (head.py). Norms stand where the family has th
 All parts that carry a model's own ideas are the model's own modules and functions: embeddings and positions, rotary
 angles, q/k norms, attention function, norms behind a part, final norm, activation.
 
+Under autocast the frozen products, the adapters' and attention's are taken in its dtype; residual stream, norms and
+rotation keep that of the rows, as in the model's own forward. Where FSDP2 shards whole layers, a block is computed
+inside its layer's own call, whose hooks gather the weights around it in forward and have them ready in backward.
+
 What it does not cover it names (obstacles.py), and the caller takes the reference instead. Nothing is remembered
 between steps but the weights' layout, so what changes meanwhile is seen by the next forward.
 """
@@ -14,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from elision.blocks import Block, Decoder
@@ -29,8 +35,10 @@ from elision.sparselora.layout import BlockWeights, Layout, stacked_bias
 from elision.sparselora.linear import Choose, linear_residual, norm_linear
 from elision.sparselora.mlp import MLP, mlp_residual
 from elision.sparselora.norms import Norm
-from elision.sparselora.obstacles import call_obstacle, hooked, model_obstacle, row_dtype
+from elision.sparselora.obstacles import call_obstacle, hooked, model_obstacle, product_dtype, row_dtype
 from elision.sparselora.rows import Elisions, Rows
+
+Run = Callable[[Tensor], Tensor]  # a block, from the stream before it to the stream behind
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,12 @@ class Step:
 
 
 class Fast:
-    """The fast step of one model. `own` are the ids of hooks that are this library's."""
+    """The fast step of `model`, which `view` shows. `own` are the ids of hooks that are this library's."""
 
-    def __init__(self, view: Decoder, choices: list[BlockChoices], elisions: Elisions, own: set[int]) -> None:
+    def __init__(
+        self, model: nn.Module, view: Decoder, choices: list[BlockChoices], elisions: Elisions, own: set[int]
+    ) -> None:
+        self.model = model
         self.view = view
         self.choices = choices
         self.elisions = elisions.effective()
@@ -67,7 +78,7 @@ class Fast:
 
     def obstacle(self, call: dict[str, Any] | None = None, labels: Tensor | None = None) -> str | None:
         """Why the model as it is now, or this call of it, takes the reference; None: it does not."""
-        return model_obstacle(self.view, self.own) or (
+        return model_obstacle(self.model, self.view, self.own) or (
             call_obstacle(call, labels, self.view) if call is not None and labels is not None else None
         )
 
@@ -78,32 +89,34 @@ class Fast:
     def forward(self, step: Step) -> CausalLMOutputWithPast:
         """What the causal LM puts out: the loss, or logits, or both."""
         step = step.to(self.view.blocks[0].q.base.weight.device)
-        with torch.autocast(step.rows.order.device.type, enabled=False):
-            return self._output(step, self._stack(step))
+        return self._output(step, self._stack(step))
 
     def hidden(self, step: Step) -> BaseModelOutputWithPast:
         """What the stack of blocks puts out, (batch, sequence, hidden): zeros where no row was computed to its end."""
         step = step.to(self.view.blocks[0].q.base.weight.device)
-        with torch.autocast(step.rows.order.device.type, enabled=False):
-            states = step.spread(self._final(self._stack(step)))
-            return BaseModelOutputWithPast(last_hidden_state=states)  # type: ignore[arg-type]
+        states = step.spread(self._final(self._stack(step)))
+        return BaseModelOutputWithPast(last_hidden_state=states)  # type: ignore[arg-type]
 
     def _stack(self, step: Step) -> Tensor:
         """The rows behind the last block, all of them or those that bear the loss."""
         view, batch, rows = self.view, step.batch, step.rows
         h = self._embed(step, rows).to(row_dtype(view))
-        self.layout.refresh(h.dtype)
+        lower = _lower(view)
+        self.layout.refresh()
         if not h.requires_grad and _reentrant(view.blocks):
             h.requires_grad_()  # it computes gradients only where an input asks for one
         angles = self._angles(step, rows, h)
         last = len(view.blocks) - 1 if step.elisions.last_block else -1
         if batch is not None and rows.sparse > rows.total - rows.bearing:
             last = -1  # the ablation with sparse outputs, where every row has a say in the last block's channels
-        for block, weights, choices in zip(view.blocks, self.layout.weights, self.choices, strict=True):
-            asked = rows.bearing if block.index == last else rows.total
-            masks = draw(block, step.shape, rows.order)
-            run = _Pass(block, view, weights, choices, batch, rows, asked, masks, angles[block.index])
-            h = run(h) if (checkpoint := _checkpoint(block)) is None else checkpoint(run, h)
+        with torch.autocast(h.device.type, enabled=False):  # whose casts a _Pass makes itself
+            for block, weights, choices in zip(view.blocks, self.layout.weights, self.choices, strict=True):
+                asked = rows.bearing if block.index == last else rows.total
+                masks = draw(block, step.shape, rows.order)
+                run: Run = _Pass(block, view, weights, choices, batch, rows, asked, masks, angles[block.index], lower)
+                if isinstance(block.layer, FSDPModule):
+                    run = partial(_called, block.layer, run)
+                h = run(h) if (checkpoint := _checkpoint(block)) is None else checkpoint(run, h)
         return h
 
     def _embed(self, step: Step, rows: Rows) -> Tensor:
@@ -154,7 +167,7 @@ class Fast:
 
     def _output(self, step: Step, h: Tensor) -> CausalLMOutputWithPast:
         view, labels, items = self.view, step.call.get("labels"), step.call.get("num_items_in_batch")
-        rows = step.rows
+        rows, head = step.rows, cast(Any, view.lm_head)
         if not step.elisions.logits:
             logits = step.spread(view.logits(h))
             if labels is None:
@@ -163,10 +176,18 @@ class Fast:
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=items
             )
             return CausalLMOutputWithPast(loss=loss, logits=logits)
-        h, head = h[len(h) - rows.bearing :], view.lm_head
-        if type(head) is nn.Linear and "forward" not in vars(head) and not (head.weight.requires_grad or hooked(head)):
-            weight = head.weight.detach()
-            total = head_loss(self._final(h), weight, head.bias, rows.targets, view.logits_scaling, view.logits_softcap)
+        h = h[len(h) - rows.bearing :]
+        sharded = isinstance(view.lm_head, FSDPModule)
+        plain = nn.Linear in (type(head), *(type(head).__bases__ if sharded else ())) and "forward" not in vars(head)
+        if plain and not (head.weight.requires_grad or hooked(head, sharding=sharded)):
+
+            def loss_of(h: Tensor) -> Tensor:
+                dtype = _lower(view) or h.dtype
+                weight, bias = head.weight.detach().to(dtype), None if head.bias is None else head.bias.to(dtype)
+                return head_loss(h.to(dtype), weight, bias, rows.targets, view.logits_scaling, view.logits_softcap)
+
+            h = self._final(h)
+            total = _called(head, loss_of, h) if sharded else loss_of(h)
             count = rows.bearing if items is None else items.to(h.device) if isinstance(items, Tensor) else items
             return CausalLMOutputWithPast(loss=total / count)
         logits = view.logits(h)
@@ -178,6 +199,20 @@ class Fast:
             shift_labels=rows.targets,
         )
         return CausalLMOutputWithPast(loss=loss)
+
+
+def _lower(view: Decoder) -> torch.dtype | None:
+    """The dtype that autocast takes the frozen products in; None: there is none, and it is that of the rows."""
+    return product_dtype(view) if torch.is_autocast_enabled(view.blocks[0].q.base.weight.device.type) else None
+
+
+def _called(module: nn.Module, run: Run, h: Tensor) -> Tensor:
+    """`run` as the module's own call: its hooks run around it. Not module(h), where layers checkpoint once more."""
+    module.forward = run
+    try:
+        return nn.Module.__call__(module, h)
+    finally:
+        del module.forward
 
 
 def _checkpoint(block: Block) -> Callable[..., Tensor] | None:
@@ -208,10 +243,12 @@ class _Pass:
     asked: int
     masks: Masks
     angles: tuple[Tensor, Tensor] | None  # of every row; None: no rotation
+    lower: torch.dtype | None  # of the products; None: that of the stream
 
     def __call__(self, h: Tensor) -> Tensor:
         """The residual stream (asked, hidden) behind the block, of h (T, hidden)."""
-        return self._mlp(self._attention(h))
+        dtype = h.dtype if self.lower is None else self.lower
+        return self._mlp(self._attention(h, dtype), dtype)
 
     @property
     def __self__(self) -> nn.Module:
@@ -233,20 +270,20 @@ class _Pass:
         """The rows that go through."""
         return slice(self.rows.total - self.asked, None)
 
-    def _attention(self, h: Tensor) -> Tensor:
+    def _attention(self, h: Tensor, dtype: torch.dtype) -> Tensor:
         block, rows, dimension = self.block, self.rows, self.block.head_dim
         width = block.heads * dimension
         norm, mine = _frozen(block.attention_norm, self.view, h.dtype), h if self.whole else h[self.mine]
         stack = [block.q, block.k, block.v]
-        bias = stacked_bias(stack)
+        bias = stacked_bias(stack, dtype)
         end = sum(projection.out_features for projection in stack)
 
         def project(x: Tensor, names: tuple[str, ...], low: int, high: int, chosen: slice, sparse: int) -> Tensor:
             part = slice(low, high)
-            adapters = stacked(stack, h, self.masks, chosen, low, high)
+            adapters = stacked(stack, dtype, self.masks, chosen, low, high)
             own = None if bias is None else bias[part]
             choose = _choose(self.choices, self.batch, names)
-            return norm_linear(x, norm, lambda: self.weights.qkv()[part], own, adapters, sparse, choose)
+            return norm_linear(x, norm, lambda: self.weights.qkv(dtype, part), own, adapters, sparse, choose)
 
         if self.whole:
             y = project(h, ("q", "k", "v"), 0, end, slice(None), rows.sparse)
@@ -259,33 +296,34 @@ class _Pass:
             cos, sin = self.angles
             q, k = rotate(q, cos[self.mine], sin[self.mine]), rotate(k, cos, sin)
         v, implementation = value.unflatten(1, (-1, dimension)), str(self.view.config._attn_implementation)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
         z = attend(block.attention, q, k, v, rows, block.sliding_window, implementation).flatten(1)
         kept = self.batch.kept.get((block.index, "o")) if self.batch is not None else None
-        adapters = stacked([block.o], h, self.masks, self.mine)
+        adapters = stacked([block.o], dtype, self.masks, self.mine)
         added = block.norms in ("pre", "post")
         out = linear_residual(
-            mine if added else None, z, self.weights.o, block.o.bias, adapters,
+            mine if added else None, z, lambda: self.weights.o(dtype), stacked_bias([block.o], dtype), adapters,
             block.residual_multiplier, self.sparse, kept,
         )  # fmt: skip
         return _after(mine, out, block.attention_post_norm, added)
 
-    def _mlp(self, h: Tensor) -> Tensor:
+    def _mlp(self, h: Tensor, dtype: torch.dtype) -> Tensor:
         block, added = self.block, self.block.norms in ("pre", "post")
         stack = [projection for projection in (block.gate, block.up) if projection is not None]
         mlp = MLP(
             _frozen(block.mlp_norm, self.view, h.dtype),
-            self.weights.up,
-            stacked_bias(stack),
-            self.weights.down,
-            block.down.bias,
+            lambda: self.weights.up(dtype),
+            stacked_bias(stack, dtype),
+            lambda: self.weights.down(dtype),
+            stacked_bias([block.down], dtype),
             block.activation,
             block.intermediate_size,
             block.gate is not None,
             block.residual_multiplier,
             added,
         )
-        up = stacked(stack, h, self.masks, self.mine)
-        down = stacked([block.down], h, self.masks, self.mine)
+        up = stacked(stack, dtype, self.masks, self.mine)
+        down = stacked([block.down], dtype, self.masks, self.mine)
         choose = _choose(self.choices, self.batch, ("up",))
         return _after(h, mlp_residual(h, mlp, up, down, self.sparse, choose), block.mlp_post_norm, added)
 

@@ -10,7 +10,9 @@ and the modules' own parameters become views of them: same objects, names, shape
 the state dict does not change, and `remove` gives every parameter a storage of its own again, bit for bit.
 
 A quantised weight stays as it is and is dequantised each time that it is read, in full: the dense rows of a batch need
-all of it, so that dequantising the gathered channels alone would be work on top.
+all of it, so that dequantising the gathered channels alone would be work on top. Under autocast the same holds of the
+cast to the dtype of the products. Weights that FSDP2 shards are its own to lay out: they are read while they are whole,
+in forward and again in backward.
 
 The price: a transposed view is not contiguous, and a dense product through it may round differently in the last bit.
 """
@@ -21,30 +23,29 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from elision.blocks import Block, Projection, matrix, quantised
 
 
 class Matrix:
-    """The weights of `modules` stacked by rows, or of one module transposed; called, it gives them as one tensor."""
+    """The weights of `modules` stacked by rows, or of one module transposed; called, it gives rows of that."""
 
     def __init__(self, modules: list[nn.Linear], transposed: bool = False) -> None:
         self.modules = modules
         self.transposed = transposed
         self.storage: Tensor | None = None  # of the laid out weights, of which the modules' own are views
-        self.dtype: torch.dtype | None = None  # of what is read from quantised weights
 
-    def __call__(self) -> Tensor:
+    def __call__(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         if self.storage is not None:
-            return self.storage
-        weights = [matrix(module).detach().to(self.dtype) for module in self.modules]
+            return self.storage[rows].to(dtype)
+        weights = [matrix(module).detach().to(dtype) for module in self.modules]
         whole = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return whole.T if self.transposed else whole
+        return (whole.T if self.transposed else whole)[rows]
 
-    def refresh(self, dtype: torch.dtype) -> None:
+    def refresh(self) -> None:
         """Lay the weights out if they are not, or not any more (the model was moved, or a parameter replaced)."""
-        self.dtype = dtype
-        if any(quantised(module) for module in self.modules):
+        if any(quantised(module) or isinstance(module.weight, DTensor) for module in self.modules):
             self.storage = None
         elif not self._in_place():
             self.storage = None  # first, so that what is replaced is not held
@@ -104,8 +105,8 @@ class Layout:
         self.weights: list[BlockWeights] = [BlockWeights(*(Matrix([]) for _ in range(4))) for _ in blocks]
 
     @torch.no_grad()
-    def refresh(self, dtype: torch.dtype) -> None:
-        """Lay out every block that is not, or not any more; quantised weights are read in `dtype`."""
+    def refresh(self) -> None:
+        """Lay out every block that is not, or not any more."""
         for block, weights in zip(self.blocks, self.weights, strict=True):
             inputs = [p for p in (block.gate, block.up) if p is not None]
             groups = ([block.q, block.k, block.v], [block.o], inputs, [block.down])
@@ -115,7 +116,7 @@ class Layout:
                 if [id(module.weight) for module in modules] != [id(module.weight) for module in found.modules]:
                     found = Matrix(modules, transposed=name in ("o", "down"))
                     setattr(weights, name, found)
-                found.refresh(dtype)
+                found.refresh()
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -125,11 +126,11 @@ class Layout:
                 found.remove()
 
 
-def stacked_bias(projections: list[Projection]) -> Tensor | None:
-    """Biases of stacked maps one after the other, zero where a map has none; None where none has one."""
+def stacked_bias(projections: list[Projection], dtype: torch.dtype) -> Tensor | None:
+    """Biases of stacked maps one after the other in `dtype`, zero where a map has none; None where none has one."""
     biases = [projection.bias for projection in projections]
     if all(bias is None for bias in biases):
         return None
     like = next(bias for bias in biases if bias is not None)
     parts = [like.new_zeros(p.out_features) if b is None else b for p, b in zip(projections, biases, strict=True)]
-    return torch.cat(parts).detach()
+    return torch.cat(parts).detach().to(dtype)

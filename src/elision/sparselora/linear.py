@@ -12,7 +12,9 @@ backward, and never kept. Saved for backward are the inputs h or z, the norm's s
 DoRA (narrow.py) the product as well, whose factor is trained. The adapters see every row and every channel. Base
 weights, norm weights and biases are frozen: they get no gradient.
 
-Precision: norms in at least single precision, products in the dtype of the rows, as the model itself does.
+Precision: norms in at least single precision, products in the dtype of what reads the weights, which z and the adapters
+have too: that of the rows or, under autocast, a lower one than theirs; then the rows are cast behind the norm, as the
+model itself does, and the residual stream keeps its own.
 """
 
 from __future__ import annotations
@@ -76,6 +78,11 @@ def linear_residual(
     return _LinearResidual.apply(job, h, z, adapters.a, adapters.scale, *adapters.b)  # type: ignore[return-value]
 
 
+def onto(h: Tensor, y: Tensor) -> Tensor:
+    """The stream h with y added, which is overwritten where its dtype is the stream's."""
+    return y.add_(h) if y.dtype == h.dtype else h + y
+
+
 def scaled(y: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """Y * scale + bias; y itself is overwritten where there is no scale."""
     if scale is None:
@@ -97,6 +104,7 @@ class _NormLinear(torch.autograd.Function):
         x, statistics = norms.normalize(h, norm)
         kept = choose(x[:sparse]) if sparse and choose is not None else None
         weight = read()
+        x = x.to(weight.dtype)
         y = x.new_empty(len(x), len(weight))
         for rows, channels in spans(len(x), sparse, kept):
             if channels is None:
@@ -118,11 +126,14 @@ class _NormLinear(torch.autograd.Function):
         grad, grad_scale = scaled_backward(grad, y, scale)
         u, grad_b = narrow.gradients(grad, b, p, adapters)
         unit = norms.unit(h, statistics)
-        grad_a = None if u is None else narrow.gradient_of_a(u, norms.finish(unit, norm, h.dtype), adapters)
+        grad_a = None
+        if u is not None:
+            x = norms.finish(unit, norm, h.dtype).to(u.dtype)
+            grad_a = narrow.gradient_of_a(u, x, adapters)
         if not ctx.needs_input_grad[1]:
             return None, None, grad_a, grad_scale, *grad_b
         weight = read()
-        grad_x = torch.empty_like(h)
+        grad_x = grad.new_empty(h.shape)
         for rows, channels in spans(len(h), sparse, kept):
             if channels is None:
                 torch.mm(grad[rows], weight, out=grad_x[rows])
@@ -130,7 +141,7 @@ class _NormLinear(torch.autograd.Function):
                 chosen = grad[rows].index_select(1, channels)
                 torch.mm(chosen, weight.index_select(0, channels), out=grad_x[rows])
         narrow.add_input_gradient(grad_x, u, a, adapters)
-        return None, norms.backward(grad_x, unit, norm, statistics), grad_a, grad_scale, *grad_b
+        return None, norms.backward(grad_x, unit, norm, statistics, h.dtype), grad_a, grad_scale, *grad_b
 
 
 class _LinearResidual(torch.autograd.Function):
@@ -153,7 +164,7 @@ class _LinearResidual(torch.autograd.Function):
         y = scaled(y, scale, bias)
         if multiplier != 1.0:
             y *= multiplier
-        return y if h is None else y.add_(h)
+        return y if h is None else onto(h, y)
 
     @staticmethod
     @once_differentiable
@@ -161,7 +172,8 @@ class _LinearResidual(torch.autograd.Function):
         read, adapters, multiplier, sparse = ctx.job
         z, p, kept, y, a, scale, *b = ctx.saved_tensors
         grad_h = grad if ctx.needs_input_grad[1] else None
-        grad_y, grad_scale = scaled_backward(grad if multiplier == 1.0 else grad * multiplier, y, scale)
+        grad = (grad if multiplier == 1.0 else grad * multiplier).to(z.dtype)
+        grad_y, grad_scale = scaled_backward(grad, y, scale)
         u, grad_b = narrow.gradients(grad_y, b, p, adapters)
         grad_a = narrow.gradient_of_a(u, z, adapters)
         if not ctx.needs_input_grad[2]:

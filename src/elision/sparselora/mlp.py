@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elision.sparselora import narrow, norms
-from elision.sparselora.linear import Choose, Weight, scaled, scaled_backward, spans
+from elision.sparselora.linear import Choose, Weight, onto, scaled, scaled_backward, spans
 from elision.sparselora.narrow import Adapters
 from elision.sparselora.norms import Norm
 
@@ -129,12 +129,13 @@ class _Mlp(torch.autograd.Function):
         count, channels = len(adapters.b), mlp.channels
         x, statistics = norms.normalize(h, mlp.norm)
         kept = choose(x[:sparse]) if sparse and choose is not None else None
+        up, down = mlp.up(), mlp.down()
+        x = x.to(up.dtype)
         p = narrow.project(x, a, adapters)
         starts = range(0, mlp.halves * channels, channels)
         adapted = {start for output in adapters.outputs for start in starts if output.start <= start < output.stop}
         wide = len(adapted) == mlp.halves and down_a is not None
-        up, down = mlp.up(), mlp.down()
-        y = torch.empty_like(h)
+        y = torch.empty_like(x)
         saved: list[Tensor | None] = []
         for rows, chosen in spans(len(x), sparse, kept):
             part = _part(mlp, adapters, b[:count], up, down, chosen, wide)
@@ -156,7 +157,7 @@ class _Mlp(torch.autograd.Function):
         y = scaled(y, down_scale, mlp.down_bias)
         if mlp.multiplier != 1.0:
             y *= mlp.multiplier
-        return y.add_(h) if mlp.residual else y
+        return onto(h, y) if mlp.residual else y
 
     @staticmethod
     @once_differentiable
@@ -165,15 +166,14 @@ class _Mlp(torch.autograd.Function):
         h, mean, inverse, p, kept, y, *rest = ctx.saved_tensors
         saved, (a, down_a, scale, down_scale, *b) = rest[:kept_back], rest[kept_back:]
         statistics, count, channels = (mean, inverse), len(adapters.b), mlp.channels
-        grad_y, grad_down_scale = scaled_backward(
-            grad if mlp.multiplier == 1.0 else grad * mlp.multiplier, y, down_scale
-        )
+        up, down = mlp.up(), mlp.down()
+        grad_y = (grad if mlp.multiplier == 1.0 else grad * mlp.multiplier).to(up.dtype)
+        grad_y, grad_down_scale = scaled_backward(grad_y, y, down_scale)
         grad_b = [torch.zeros_like(factor) for factor in b]
         grad_scale = None if scale is None else torch.zeros_like(scale)
         grad_down_a = None if down_a is None else torch.zeros_like(down_a)
-        grad_x = torch.empty_like(h) if ctx.needs_input_grad[1] else None
+        grad_x = grad_y.new_empty(h.shape) if ctx.needs_input_grad[1] else None
         u = None if p is None else torch.empty_like(p)
-        up, down = mlp.up(), mlp.down()
         for index, (rows, chosen) in enumerate(spans(len(h), sparse, kept)):
             part = _part(mlp, adapters, b[:count], up, down, chosen, wide)
             product, q = saved[2 * index], saved[2 * index + 1]
@@ -206,11 +206,14 @@ class _Mlp(torch.autograd.Function):
                     grad_z = grad_z.index_select(1, _all(part.computed, mlp.halves, channels))
                 torch.mm(grad_z, part.up, out=grad_x[rows])
         unit = norms.unit(h, statistics)
-        grad_a = None if u is None else narrow.gradient_of_a(u, norms.finish(unit, mlp.norm, h.dtype), adapters)
+        grad_a = None
+        if u is not None:
+            x = norms.finish(unit, mlp.norm, h.dtype).to(u.dtype)
+            grad_a = narrow.gradient_of_a(u, x, adapters)
         grad_h = None
         if grad_x is not None:
             narrow.add_input_gradient(grad_x, u, a, adapters)
-            grad_h = norms.backward(grad_x, unit, mlp.norm, statistics)
+            grad_h = norms.backward(grad_x, unit, mlp.norm, statistics, h.dtype)
             grad_h = grad_h + grad if mlp.residual else grad_h
         return None, grad_h, grad_a, grad_down_a, grad_scale, grad_down_scale, *grad_b
 

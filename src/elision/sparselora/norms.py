@@ -4,8 +4,9 @@
     layer   x = (h - mean(h)) / std(h) * weight + bias      OPT
     None    x = h                                           OLMo 2, whose norms come after
 
-Statistics are taken in at least single precision. The dtype of `weight` is the one in which it multiplies: a model
-that rounds before it multiplies gives it in the dtype of the rows, one that rounds after it in single precision.
+Statistics are taken in at least single precision. The dtype of `weight`, if it is wider than that of the rows, is the
+one in which it multiplies: a model that rounds before it multiplies gives it in the dtype of the rows, one that rounds
+after it in single precision.
 """
 
 from __future__ import annotations
@@ -58,19 +59,20 @@ def finish(rows: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
     """Normed rows in `dtype` of those that `unit` gives."""
     if norm is None:
         return rows
-    x = rows if norm.weight is None else rows.to(norm.weight.dtype) * norm.weight
-    return (x if norm.bias is None else x + norm.bias).to(dtype)
+    if norm.weight is not None:
+        rows = rows.to(torch.promote_types(dtype, norm.weight.dtype)) * norm.weight
+    return (rows if norm.bias is None else rows + norm.bias).to(dtype)
 
 
-def backward(grad: Tensor, rows: Tensor, norm: Norm | None, statistics: Statistics) -> Tensor:
-    """Gradient of h from that of the normed rows and what `unit` gives."""
+def backward(grad: Tensor, rows: Tensor, norm: Norm | None, statistics: Statistics, dtype: torch.dtype) -> Tensor:
+    """Gradient of h, in its `dtype`, from that of the normed rows and what `unit` gives."""
     inverse = statistics[1]
     if norm is None or inverse is None:
-        return grad
+        return grad.to(dtype)
     found = grad.to(inverse.dtype, copy=True) if norm.weight is None else (grad * norm.weight).to(inverse.dtype)
     mean = found.mean(dim=1, keepdim=True) if norm.centred else None
     along = torch.linalg.vecdot(found, rows).div_(rows.shape[1])[:, None]
     found.addcmul_(rows, along, value=-1)
     if mean is not None:
         found -= mean
-    return found.mul_(inverse).to(grad.dtype)
+    return found.mul_(inverse).to(dtype)

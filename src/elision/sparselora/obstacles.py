@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -30,8 +31,10 @@ _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "dropout", "layer
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def model_obstacle(view: Decoder, own: Set[int]) -> str | None:
-    """Why this model, as it is now, takes the reference; None: it does not. `own` are the ids of our own hooks."""
+def model_obstacle(model: nn.Module, view: Decoder, own: Set[int]) -> str | None:
+    """Why `model`, which `view` shows, takes the reference as it is now; None: it does not. `own` are the ids of our
+    own hooks.
+    """
     config = view.config
     if view.model.config.model_type != config.model_type:
         return f"a {type(view.model).__name__}, which has more than text"
@@ -48,22 +51,27 @@ def model_obstacle(view: Decoder, own: Set[int]) -> str | None:
     stack: Any = view.model.get_decoder()
     if hooked(stack, own):
         return f"a hook on {type(stack).__name__}"
-    if isinstance(view.blocks[0].q.base.weight, DTensor):
-        return "weights that FSDP2 shards"
-    dtype, device = row_dtype(view), view.blocks[0].q.base.weight.device
-    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != dtype:
-        return f"autocast from {_name(dtype)} to {_name(torch.get_autocast_dtype(device.type))}"
+    if isinstance(model, FSDPModule) and not all(isinstance(block.layer, FSDPModule) for block in view.blocks):
+        return "FSDP2 without a unit for each layer"
+    dtype, products, device = row_dtype(view), product_dtype(view), view.blocks[0].q.base.weight.device
     for block in view.blocks:
-        if reason := _layer_obstacle(block, dtype, device, own):
+        if reason := _layer_obstacle(block, dtype, products, device, own):
             return f"{reason} in layer {block.index}"
     return None
 
 
 def row_dtype(view: Decoder) -> torch.dtype:
-    """What the rows of the stream are computed in: that of the weights, of the embeddings where these are quantised."""
+    """That of the residual stream: of the weights, or of the embeddings where these are quantised."""
     base = view.blocks[0].q.base
     weight: Any = view.embeddings.weight if quantised(base) else base.weight
     return weight.dtype
+
+
+def product_dtype(view: Decoder) -> torch.dtype:
+    """That of the frozen products: of the rows, or autocast's, which leaves double precision alone."""
+    dtype, device = row_dtype(view), view.blocks[0].q.base.weight.device.type
+    lower = torch.is_autocast_enabled(device) and dtype != torch.float64
+    return torch.get_autocast_dtype(device) if lower else dtype
 
 
 def call_obstacle(call: dict[str, Any], labels: Tensor, view: Decoder) -> str | None:
@@ -87,18 +95,23 @@ def call_obstacle(call: dict[str, Any], labels: Tensor, view: Decoder) -> str | 
     return None
 
 
-def _layer_obstacle(block: Block, dtype: torch.dtype, device: torch.device, own: Set[int]) -> str | None:
+def _layer_obstacle(
+    block: Block, dtype: torch.dtype, products: torch.dtype, device: torch.device, own: Set[int]
+) -> str | None:
     layer: Any = block.layer
+    gathered = isinstance(block.layer, FSDPModule)  # whole while it is called, which the fast step does
     adapters: set[int] = set()
     for name, projection in block.projections.items():
         if reason := _projection_obstacle(projection, adapters):
             return f"{reason} at {name}"
         base: Any = projection.base
         if quantised(base) in ("nf4", "fp4"):
-            if base.compute_dtype not in (None, dtype):
-                return f"4-bit products in {_name(base.compute_dtype)} at {name}"
+            if (base.compute_dtype or dtype) != products:
+                return f"4-bit products in {_name(base.compute_dtype or dtype)} at {name}"
         elif base.weight.dtype != dtype:
             return f"{name} of another dtype than the embeddings"
+        if isinstance(base.weight, DTensor) and not gathered:
+            return f"a weight in shards at {name}"
         if base.weight.device != device:
             return f"{name} on another device than q of layer 0"
     waiting: list[Any] = [layer]
@@ -108,7 +121,7 @@ def _layer_obstacle(block: Block, dtype: torch.dtype, device: torch.device, own:
             continue
         if "forward" in module.__dict__:
             return f"a replaced forward of {_place(layer, module)}"
-        if hooked(module, own):
+        if hooked(module, own, sharding=gathered and module is layer):
             return f"a hook on {_place(layer, module)}"
         for parameter in module._parameters.values():
             if parameter is not None and parameter.requires_grad and id(parameter) not in adapters:
@@ -143,13 +156,15 @@ def _projection_obstacle(projection: Projection, adapters: set[int]) -> str | No
     return None
 
 
-def hooked(module: Any, own: Set[int] = frozenset()) -> bool:
+def hooked(module: Any, own: Set[int] = frozenset(), sharding: bool = False) -> bool:
     """Whether a hook waits for this module to be called, other than `own` and those that transformers leaves behind
-    where hidden states were once asked for, which do nothing unless they are asked for again.
+    where hidden states were once asked for, which do nothing unless they are asked for again; with `sharding`, other
+    than FSDP2's.
     """
+    harmless = ("transformers.utils.output_capturing", *(("torch.distributed.fsdp.",) if sharding else ()))
     for kind in _HOOKS:
         for number, hook in module.__dict__[kind].items():
-            if number not in own and getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+            if number not in own and not (getattr(hook, "__module__", None) or "").startswith(harmless):
                 return True
     return False
 

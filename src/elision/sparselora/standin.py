@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
 
 
@@ -41,6 +42,12 @@ class StandIn:
     def stands(self) -> bool:
         """Whether nothing was put over it since."""
         return vars(self.module).get("forward") is self
+
+    @property
+    def in_mixed_precision(self) -> bool:
+        """Whether accelerate stands over it, which calls it under autocast and widens what comes out."""
+        over = getattr(vars(self.module).get("forward"), "__wrapped__", None)
+        return isinstance(over, ConvertOutputsToFp32) and inspect.unwrap(over) is self  # type: ignore[arg-type]
 
     def remove(self) -> None:
         """Leave the module its own forward, unless something else stands there now."""
