@@ -50,6 +50,53 @@ def trainer(model: Any, handle: Any, folder: Path, parts: dict[str, Any] | None 
     return Trainer(model, arguments, callbacks=callbacks, **data, **(parts or {}))  # type: ignore[arg-type]
 
 
+def test_a_run_says_once_what_is_sparse_what_is_dense_and_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.lora(dtype=torch.float32)
+    expected = (
+        "SparseLoRA, oracle selection: ffn 50% in 0-1; qk 50% in 0-1; vo 50% in 0-1; dense: output tokens, the first "
+        "30% of steps, adapters, eval and generate; on the fast path"
+    )
+
+    def said() -> list[str]:
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("SparseLoRA")]
+
+    with sparsify(model, tiny.plan(model, dense_steps=0.3)) as handle:
+        run = trainer(model, handle, tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2)
+        run.train()
+        assert said() == [expected]
+        run.evaluate()
+        assert said() == []
+        run.train()
+        assert len(said()) == 1
+    with sparsify(model, tiny.plan(model, dense_steps=0.3)) as handle:  # a loop of one's own
+        model.train()
+        for step in range(2):
+            handle.step(step / 2)
+            model(**{name: t[None] for name, t in rows(1)[0].items()})
+        assert said() == [expected]
+    with sparsify(model, tiny.plan(model)) as handle:
+        model(**{name: t[None] for name, t in rows(1)[0].items()})
+        assert said() == []  # no run began
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+        monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+        handle.step(0.0)
+        model(**{name: t[None] for name, t in rows(1)[0].items()})
+        assert said() == []  # another process says it
+
+
+def test_a_program_that_logs_gets_the_line_in_its_log(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.lora(dtype=torch.float32)
+    with sparsify(model, tiny.plan(model)) as handle, caplog.at_level("INFO", "elision"):
+        handle.step(0.0)
+        model(**{name: t[None] for name, t in rows(1)[0].items()})
+        assert [record.getMessage()[:10] for record in caplog.records] == ["SparseLoRA"]
+    assert capsys.readouterr().err == ""
+
+
 def losses(run: Trainer) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 

@@ -53,7 +53,7 @@ from elision.sparselora.reference import ABSENT, MaskedLinear, masked
 from elision.sparselora.rows import Elisions, arrange
 from elision.sparselora.standin import StandIn, eagerly
 from elision.sparselora.tokens import TokenKinds
-from elision.sparselora.trainers import LABELS, schedule
+from elision.sparselora.trainers import LABELS, announce, schedule
 
 _ARGUMENT = "elision_sparse_batch"
 logger = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ class SparseHandle:
         self._model = model
         self._view = view
         self._done: float | None = None  # share of the steps done; None: nobody has told
+        self._untold = False  # whether a run began whose line is still to be said
         self._held: Kept | None = None
         self._batch: SparseBatch | None = None  # of the causal LM's forward that is running
         self._latest: SparseBatch | None = None
@@ -171,11 +172,14 @@ class SparseHandle:
     def step(self, done: float) -> None:
         """Tell the schedule the share of optimizer steps done, in [0, 1]: for loops without a Trainer, once a step.
 
+        The first training forward of a run then says `summary()`, once, in the main process.
+
         Raises:
             InputError: `done` is not in [0, 1].
         """
         if not 0.0 <= done <= 1.0:
             raise InputError(f"step({done!r}) is not in [0, 1]: give steps done / steps in all")
+        self._untold = self._untold or self._done is None or done < self._done
         self._done = float(done)
 
     def hold(self, kept: Mapping[tuple[int, str], Tensor] | None) -> None:
@@ -282,6 +286,9 @@ class SparseHandle:
 
     def _decided(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self._batch = self._step = None
+        if self._untold and model.training:  # here and not before, for what autocast and wrappers change is known now
+            self._untold = False
+            announce(self.summary())
         call = self._signature.bind_partial(model, *args, **kwargs).arguments
         call = {**call.pop("kwargs", {}), **call}
         call.pop("self")

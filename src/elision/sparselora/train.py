@@ -131,8 +131,6 @@ def train(
                 data_collator=batch,
                 callbacks=[*callbacks, *([] if handle is None else [handle.schedule])],
             )
-        if handle is not None:
-            print(handle.summary())
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     finally:
         if handle is not None:

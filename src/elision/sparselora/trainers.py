@@ -1,4 +1,5 @@
-"""What trainers are given: the schedule that tells a handle how far training is, and labels beside a batch's own.
+"""What trainers are given: the schedule that tells a handle how far training is, labels beside a batch's own, and the
+line that says what is sparse.
 
 The callback is for transformers' Trainer, and so for TRL's, which are Trainers. The state that a checkpoint carries is
 how many sparse forwards there were, by which the control "random" draws; how far training is, Trainer knows itself.
@@ -7,10 +8,12 @@ how many sparse forwards there were, by which the control "random" draws; how fa
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import distributed
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -39,8 +42,6 @@ def schedule(handle: SparseHandle) -> TrainerCallback:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             handle.step(min(1.0, state.global_step / max(1, state.max_steps)))
-            if state.is_world_process_zero:
-                logger.info(handle.summary())
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             handle.step(min(1.0, state.global_step / max(1, state.max_steps)))
@@ -49,6 +50,19 @@ def schedule(handle: SparseHandle) -> TrainerCallback:
             return {"args": {}, "attributes": {"draws": self.draws}}
 
     return SparsitySchedule()
+
+
+def announce(line: str) -> None:
+    """Say `line` once for all processes: in this library's log where the program shows that at INFO, else on stderr.
+
+    Python shows no INFO unless a program asks for it, and setting up its logging is not for a library.
+    """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
+        return
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
+        logger.info(line)
+    else:
+        print(line, file=sys.stderr, flush=True)
 
 
 def keep_labels(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
