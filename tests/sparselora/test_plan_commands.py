@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.integrations import integration_utils
 from typer.testing import CliRunner
 
@@ -18,6 +18,7 @@ from elision import reference_model, report
 from elision.cli import app
 from elision.sparselora import SparsityPlan
 from tests.sparselora import tiny
+from tests.sparselora.test_presets import publish
 
 
 @pytest.fixture
@@ -70,6 +71,37 @@ def test_presets_and_bench(model: Path) -> None:
     assert "milliseconds" in report.write(model / "bench.json", model / "page").read_text()
 
 
+def test_a_published_predictor_is_a_plan(model: Path, tmp_path: Path) -> None:
+    predictor = publish(AutoModelForCausalLM.from_pretrained(model), tmp_path / "predictor")
+    common = (model, "--data", model / "data.json", "--plan", predictor)
+    code, said, _ = run("bench", *common, "--mode", "o2", "--turns", 1, "--json")
+    assert code == 0 and len(json.loads(said)["rows"]) == 3
+    code, said, error = run("train", *common, "--mode", "o1", "--out", tmp_path / "adapter", "--epochs", 4)
+    assert code == 0 and "ffn 90% in 1; qk dense; vo dense" in said
+    assert "SparseLoRA, svd selection: ffn 90% in 1; " in error and (tmp_path / "adapter").is_dir()
+    code, _, error = run("bench", *common)
+    assert code == 2 and f"error: predictor {predictor} has modes o1, o2: say which one" in error
+    code, _, error = run("bench", *common, "--mode", "o3")
+    assert code == 2 and "mode 'o3' is not in predictor" in error
+    code, _, error = run("bench", *common[:-1], model, "--mode", "o1")
+    assert code == 2 and f"predictor {model} has no modes and predictor_rank in its config.json" in error
+    code, _, error = run("bench", *common[:-1], tmp_path / "adapter", "--mode", "o1")
+    assert code == 2 and "adapter holds no config.json: give the directory of a published predictor" in error
+
+
+def test_a_plan_of_whitened_factors_brings_them_along(model: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "plan.json", model / "data.json"
+    budget = ("--flops", 0.99, "--selection", "whitened", "--dense-steps", 0.0)
+    code, _, error = run("calibrate", model, "--data", data, "--out", out, *budget)
+    assert code == 0, error
+    assert SparsityPlan.load(out).selection == "whitened"
+    code, _, error = run("train", model, "--data", data, "--out", tmp_path / "adapter", "--plan", out, "--epochs", 2)
+    assert code == 0 and "SparseLoRA, whitened selection" in error
+    (tmp_path / "plan.factors.json").unlink()
+    code, _, error = run("train", model, "--data", data, "--out", tmp_path / "again", "--plan", out)
+    assert code == 2 and "plan.factors.json is not a file" in error
+
+
 def scalars(folder: Path) -> set[str]:
     """Names of the numbers in tensorboard's files: records of length, checksum, event, checksum."""
     from tensorboardX.proto.event_pb2 import Event
@@ -119,6 +151,7 @@ def test_training_reports_through_trainers_integrations(
         (("bench",), "give either --plan or --sparsity"),
         (("bench", "--plan", "llama3-8b/math10k"), "this model has layers 2"),
         (("bench", "--plan", "absent.json"), "absent.json is not a file"),
+        (("bench", "--plan", "llama3-8b/math10k", "--mode", "o1"), "--mode o1 goes with --plan DIRECTORY"),
     ],
     ids=str,
 )

@@ -30,10 +30,9 @@ def test_every_row_of_the_paper_s_table_is_there() -> None:
         SparsityPlan.preset("llama3")
 
 
-@pytest.fixture
-def published(tmp_path: Path) -> tuple[Path, Any]:
-    """A predictor in the published layout, and the model that it is for."""
-    model = tiny.lora("llama", dtype=torch.float32)
+def publish(model: Any, path: Path) -> Path:
+    """A predictor for `model` in the published layout."""
+    path.mkdir(exist_ok=True)
     factors = Factors.compute(model, 3)
     names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
     names |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}
@@ -42,15 +41,22 @@ def published(tmp_path: Path) -> tuple[Path, Any]:
         _, layer, name = key.split(".")
         tensors[f"model.layers.{layer}.{names[name]}.w1"] = a.T.contiguous()
         tensors[f"model.layers.{layer}.{names[name]}.w2"] = b.T.contiguous()
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, path / "model.safetensors")
     sparsity = {f"model.layers.{i}.{place}": 0 for i in range(2) for place in ("mlp", "self_attn")}
     modes = {
         "o1": {"layer_sparsity": {**sparsity, "model.layers.1.mlp": 0.9}},
         "o2": {"layer_sparsity": {**sparsity, "model.layers.1.mlp": 0.99, "model.layers.1.self_attn": 0.75}},
     }
     config = {"base_model": "tiny", "predictor_rank": 3, "modes": modes}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return tmp_path, model
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> tuple[Path, Any]:
+    """A predictor in the published layout, and the model that it is for."""
+    model = tiny.lora("llama", dtype=torch.float32)
+    return publish(model, tmp_path), model
 
 
 def test_a_published_predictor_is_the_plan_and_factors_that_it_was(published: tuple[Path, Any]) -> None:
@@ -89,3 +95,13 @@ def test_predictors_that_do_not_belong_are_refused(published: tuple[Path, Any]) 
     (path / "config.json").write_text('{"modes": {}}')
     with pytest.raises(InputError, match="it is of another layout"):
         load_predictor(path, model, "o1")
+
+
+def test_the_only_mode_need_not_be_named(published: tuple[Path, Any]) -> None:
+    path, model = published
+    with pytest.raises(InputError, match=r"predictor .* has modes o1, o2: say which one"):
+        load_predictor(path, model)
+    config = json.loads((path / "config.json").read_text())
+    del config["modes"]["o1"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert load_predictor(path, model)[0] == load_predictor(path, model, "o2")[0]

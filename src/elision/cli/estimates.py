@@ -20,7 +20,7 @@ from torch import Tensor
 from elision.report.verdict import duration
 
 if TYPE_CHECKING:
-    from elision.sparselora import SparsityPlan
+    from elision.sparselora import Factors, SparsityPlan
     from elision.spd import SyncPlan, Workload
     from elision.spd.distill import Recipe
 
@@ -28,14 +28,16 @@ Batch = Mapping[str, Tensor]
 MB = 2**20
 
 
-def fine_tuning(model: Any, batches: Sequence[Batch], plan: SparsityPlan | None, steps: int) -> dict[str, Any]:
+def fine_tuning(
+    model: Any, batches: Sequence[Batch], plan: SparsityPlan | None, steps: int, factors: Factors | None = None
+) -> dict[str, Any]:
     """Of `elision sparselora train`: a step of the longest batch, dense and, where there is one, under the plan."""
     from elision.sparselora import forecast
     from elision.sparselora.stopwatch import step_seconds
 
     longest = max(batches, key=lambda batch: batch["input_ids"].numel())
     variants = {"LoRA": None} | ({} if plan is None else {"plan": replace(plan, dense_steps=0.0)})
-    took = step_seconds(model, [longest], variants, turns=1)
+    took = step_seconds(model, [longest], variants, turns=1, factors=factors)
     first = 0.0 if plan is None else plan.dense_steps
     seconds = steps * (first * took["LoRA"] + (1 - first) * took.get("plan", took["LoRA"]))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from elision.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from elision.sparselora import SparsityPlan
+    from elision.sparselora import Factors, SparsityPlan
 
 Data = Annotated[
     Path, typer.Option(help="Prompts and answers: .jsonl with one object a line, or .json with a list of them.")
@@ -21,6 +22,11 @@ Data = Annotated[
 Rows = Annotated[int, typer.Option(min=1, help="Rows of the data at most, evenly spaced.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens a row at most.")]
+Plan = Annotated[
+    str | None,
+    typer.Option(metavar="PLAN", help="File of a plan, a preset's name, or the directory of a published predictor."),
+]
+Mode = Annotated[str | None, typer.Option(help="Of a published predictor's modes, o1 or o2.")]
 
 
 def calibrate(
@@ -79,7 +85,7 @@ def calibrate(
     with run_directory(ctx, run) as kept:
         if selection == "whitened":
             factors = sparselora.Factors.whitened(loaded, batches)
-            tell(kept, f"factors: {factors.save(out.with_suffix('.factors'))}", as_json)
+            tell(kept, f"factors: {factors.save(_factors_beside(out))}", as_json)
             settings["factors"] = factors
         journal = out.with_name(f"{out.name}.journal")
         plan = sparselora.calibrate(
@@ -123,7 +129,8 @@ def bench(
     ctx: typer.Context,
     model: Model,
     data: Data,
-    plan: Annotated[str | None, typer.Option(help="File of a plan, or a preset's name.")] = None,
+    plan: Plan = None,
+    mode: Mode = None,
     sparsity: Annotated[float | None, typer.Option(help="One sparsity for all layers instead.")] = None,
     turns: Annotated[int, typer.Option(min=1, help="Timed steps of each variant, in turns.")] = 5,
     rows: Rows = 8,
@@ -151,13 +158,14 @@ def bench(
 
     if (plan is None) == (sparsity is None):
         raise InputError("give either --plan or --sparsity: one of them says what to leave out")
-    known = None if plan is None else named_plan(plan)
+    known = plan_of(plan, mode)
     loaded, batches = _load(model, data, rows, batch, max_length, dtype)
-    wanted = known or SparsityPlan.uniform(loaded, sparsity or 0.0)
+    wanted, factors = known(loaded)
+    wanted = wanted or SparsityPlan.uniform(loaded, sparsity or 0.0)
     loaded = add_adapter(loaded, Settings(steps=1))
     told = forecast(loaded, batches, wanted)
     with run_directory(ctx, run) as kept:
-        took, allowed = measure(loaded, batches, wanted, turns), ideals(loaded, batches, wanted)
+        took, allowed = measure(loaded, batches, wanted, turns, factors), ideals(loaded, batches, wanted)
         shape, base = f"{model}, batch {batch}", took["LoRA"]
         steps = [
             {
@@ -182,11 +190,28 @@ def bench(
     show({"benchmark": "elision sparselora bench", "forecast": told.line(), "rows": steps}, as_json, table)
 
 
-def named_plan(name: str) -> SparsityPlan:
-    """The plan of a file, or the preset of that name where there is no such file."""
-    from elision.sparselora import SparsityPlan, presets
+def plan_of(name: str | None, mode: str | None) -> Callable[[Any], tuple[SparsityPlan | None, Factors | None]]:
+    """What `--plan` and `--mode` name, checked as far as that goes without the model: called with it, the plan and,
+    where they come with it, the factors of its estimator.
+    """
+    from elision.sparselora import Factors, SparsityPlan, load_predictor, presets
 
-    return SparsityPlan.preset(name) if not Path(name).exists() and name in presets.names() else SparsityPlan.load(name)
+    if name is not None and Path(name).is_dir():
+        chosen = presets.predictor_mode(name, mode)
+        return lambda model: load_predictor(name, model, chosen)
+    if mode is not None:
+        raise InputError(f"--mode {mode} goes with --plan DIRECTORY of a published predictor: leave it out")
+    if name is None:
+        return lambda model: (None, None)
+    preset = not Path(name).exists() and name in presets.names()
+    plan = SparsityPlan.preset(name) if preset else SparsityPlan.load(name)
+    factors = Factors.load(_factors_beside(Path(name))) if plan.selection == "whitened" else None
+    return lambda model: (plan, factors)
+
+
+def _factors_beside(plan: Path) -> Path:
+    """Where `calibrate` keeps the whitened factors of a plan."""
+    return plan.with_name(f"{plan.stem}.factors.safetensors")
 
 
 def _load(

@@ -41,7 +41,8 @@ def train(
     model: Model,
     data: plans.Data,
     out: Annotated[Path, typer.Option(help="Directory of the PEFT adapter; a rerun resumes.")],
-    plan: Annotated[str | None, typer.Option(help="File of the SparsityPlan to train by, or a preset's name.")] = None,
+    plan: plans.Plan = None,
+    mode: plans.Mode = None,
     sparsity: Annotated[float | None, typer.Option(help="One sparsity for all layers instead; 0 is LoRA.")] = None,
     epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = 1.0,
     batch: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 8,
@@ -67,6 +68,7 @@ def train(
     Examples:
       elision sparselora train reference --data pairs.jsonl --sparsity 0.75 --out adapter
       elision sparselora train ./model --data pairs.jsonl --plan plan.json --out adapter
+      elision sparselora train ./model --data pairs.jsonl --plan ./predictor --mode o2 --out adapter
       elision sparselora train ./model --data pairs.jsonl --sparsity 0 --out lora
     """
     from elision.data import collate, encode, load_examples
@@ -80,7 +82,7 @@ def train(
         raise InputError(f"--out {out} is not empty: give a new directory")
     training.reporters(report_to or ())
     examples = load_examples(data)
-    wanted = None if plan is None else plans.named_plan(plan)
+    known = plans.plan_of(plan, mode)
     loaded, tokenizer = load(model, dtype)
     settings = training.Settings(
         steps=max(1, round(epochs * len(examples) / batch)),
@@ -90,6 +92,7 @@ def train(
         max_length=max_length,
         seed=seed,
     )
+    wanted, factors = known(loaded)
     if wanted is None and sparsity:
         wanted = SparsityPlan.uniform(loaded, sparsity)
     adapted = training.add_adapter(loaded, settings)
@@ -98,7 +101,7 @@ def train(
     if dry_run:
         from elision.cli import estimates
 
-        return show(estimates.fine_tuning(adapted, sample, wanted, settings.steps), as_json)
+        return show(estimates.fine_tuning(adapted, sample, wanted, settings.steps, factors), as_json)
     told = None if wanted is None else forecast(adapted, sample, wanted)
     with run_directory(ctx, run) as kept:
         if wanted is not None and told is not None:
@@ -114,6 +117,7 @@ def train(
                 callbacks=[kept.callback()],
                 report_to=report_to or (),
                 boards=None if kept.path is None else kept.path / "tensorboard",
+                factors=factors,
             )
         losses = [[row["step"], row["loss"]] for row in log]
         found = {"name": "LoRA" if told is None else "SparseLoRA", "losses": losses}

@@ -59,13 +59,31 @@ def preset(name: str) -> SparsityPlan:
     )
 
 
-def load_predictor(path: str | Path, model: nn.Module, mode: str) -> tuple[SparsityPlan, Factors]:
+def predictor_mode(path: str | Path, mode: str | None = None) -> str:
+    """The mode that a published predictor is to be loaded in: `mode`, or the only one that it has.
+
+    Raises:
+        InputError: no such mode, several and none named, or no predictor.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise InputError(f"predictor {path} holds no config.json: give the directory of a published predictor")
+    modes = _modes(files.read_json(Path(path) / "config.json", "predictor"), Path(path))
+    if mode is None and len(modes) == 1:
+        return next(iter(modes))
+    if mode is None:
+        raise InputError(f"predictor {path} has modes {', '.join(modes)}: say which one")
+    if mode not in modes:
+        raise InputError(f"mode {mode!r} is not in predictor {path}: use one of {', '.join(modes)}")
+    return mode
+
+
+def load_predictor(path: str | Path, model: nn.Module, mode: str | None = None) -> tuple[SparsityPlan, Factors]:
     """The plan and factors of a published predictor for `model`.
 
     Args:
         path: its directory.
         model: the base model that it names, or a PEFT model around it.
-        mode: one of the modes of its config, "o1" or "o2".
+        mode: one of the modes of its config, "o1" or "o2"; None: the only one.
 
     Raises:
         InputError: a file that is missing or of another layout, an unknown mode, or factors of another model.
@@ -73,9 +91,9 @@ def load_predictor(path: str | Path, model: nn.Module, mode: str) -> tuple[Spars
     from elision import blocks
     from elision.sparselora import factors as factoring
 
-    path = Path(path)
+    path, mode = Path(path), predictor_mode(path, mode)
     config = files.read_json(path / "config.json", "predictor")
-    sparsity = _layer_sparsity(config, mode, path)
+    sparsity = _layer_sparsity(_modes(config, path)[mode], path)
     view, facts = blocks.decoder(model), ModelFacts.of(model)
     ffn, attention = (
         tuple(sparsity.get((layer, place), 0.0) for layer in range(facts.layers)) for place in ("mlp", "self_attn")
@@ -109,17 +127,19 @@ def load_predictor(path: str | Path, model: nn.Module, mode: str) -> tuple[Spars
     return plan, factoring.Factors(plan.rank, factoring.fingerprint(view), pairs)
 
 
-def _layer_sparsity(config: Any, mode: str, path: Path) -> dict[tuple[int, str], float]:
-    """Sparsity by layer and "mlp" or "self_attn"."""
+def _modes(config: Any, path: Path) -> Mapping[str, Any]:
     modes = config.get("modes") if isinstance(config, Mapping) else None
     if not isinstance(modes, Mapping) or not isinstance(config.get("predictor_rank"), int):
         raise InputError(
             f"predictor {path} has no modes and predictor_rank in its config.json: it is of another layout"
         )
-    if mode not in modes:
-        raise InputError(f"mode {mode!r} is not in predictor {path}: use one of {', '.join(modes)}")
+    return modes
+
+
+def _layer_sparsity(mode: Mapping[str, Any], path: Path) -> dict[tuple[int, str], float]:
+    """Sparsity by layer and "mlp" or "self_attn"."""
     found = {}
-    for name, value in modes[mode].get("layer_sparsity", {}).items():
+    for name, value in mode.get("layer_sparsity", {}).items():
         place = re.fullmatch(r"model\.layers\.(\d+)\.(mlp|self_attn)", name)
         if place is None:
             raise InputError(f"predictor {path} has sparsity for {name!r}: only mlp and self_attn of layers are known")

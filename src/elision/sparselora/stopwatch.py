@@ -17,11 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from elision.sparselora.apply import sparsify
+from elision.sparselora.factors import Factors
 from elision.sparselora.plan import SparsityPlan
 
 
 def measure(
-    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], plan: SparsityPlan, turns: int = 5
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    plan: SparsityPlan,
+    turns: int = 5,
+    factors: Factors | None = None,
 ) -> dict[str, float]:
     """Median seconds a step of LoRA as PEFT runs it, of "dense + lossless" and of "sparse + lossless" under `plan`.
 
@@ -32,7 +37,7 @@ def measure(
     zeros = (0.0,) * plan.model.layers
     dense = replace(now, ffn=zeros, qk=zeros, vo=zeros)
     variants = {"LoRA": None, "dense + lossless": dense, "sparse + lossless": now}
-    return step_seconds(model, batches, variants, turns)
+    return step_seconds(model, batches, variants, turns, factors)
 
 
 def step_seconds(
@@ -40,6 +45,7 @@ def step_seconds(
     batches: Sequence[Mapping[str, Tensor]],
     plans: Mapping[str, SparsityPlan | None],
     turns: int = 3,
+    factors: Factors | None = None,
 ) -> dict[str, float]:
     """Median seconds of forward and backward of `model` under each plan (None: as it is), over turns and batches.
 
@@ -55,7 +61,7 @@ def step_seconds(
         for turn in range(turns):
             batch = {name: tensor.to(_device(model)) for name, tensor in batches[turn % len(batches)].items()}
             for name, plan in plans.items():
-                with nullcontext() if plan is None else sparsify(model, plan):
+                with nullcontext() if plan is None else sparsify(model, plan, factors):
                     _step(model, batch)
                     seconds[name].append(_step(model, batch))
     finally:

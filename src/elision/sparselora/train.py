@@ -21,6 +21,7 @@ from torch import Tensor
 from elision import data
 from elision.errors import InputError
 from elision.sparselora.apply import sparsify
+from elision.sparselora.factors import Factors
 from elision.sparselora.plan import SparsityPlan
 
 BOARDS = "TENSORBOARD_LOGGING_DIR"  # of transformers' integration
@@ -75,6 +76,7 @@ def train(
     callbacks: Sequence[Any] = (),
     report_to: Sequence[str] = (),
     boards: Path | None = None,
+    factors: Factors | None = None,
 ) -> list[dict[str, float]]:
     """Train the adapter of `model` and save it to `out`; resumes from the checkpoints of an interrupted run.
 
@@ -88,6 +90,7 @@ def train(
         callbacks: further TrainerCallbacks.
         report_to: of the Trainer's integrations, "tensorboard", "wandb" and "trackio", those that get its log.
         boards: directory of tensorboard's files; by default `<out>.tensorboard`.
+        factors: of the plan's estimator; None: as `sparsify` has it.
 
     Returns:
         The log of the Trainer: dicts with "step" and "loss".
@@ -117,7 +120,7 @@ def train(
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=False,
     )
-    handle = None if plan is None else sparsify(model, plan)
+    handle = None if plan is None else sparsify(model, plan, factors)
 
     def batch(chosen: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         return data.collate(chosen, tokenizer.pad_token_id)
