@@ -109,6 +109,11 @@ def plan_for(model: Any, setting: Setting) -> SparsityPlan:
     return SparsityPlan(facts, ffn=ffn, qk=deep, vo=deep, dense_steps=0.0)
 
 
+def as_published(plan: SparsityPlan) -> SparsityPlan:
+    """The plan with the published algorithm's way of choosing channels."""
+    return replace(plan, selection="svd")
+
+
 def batch_for(setting: Setting, share: float | None, device: str) -> dict[str, torch.Tensor]:
     """Random tokens: full rows, the last `share` of each an answer; None: rows of GSM8K's lengths, padded."""
     generator = torch.Generator().manual_seed(1)
@@ -136,27 +141,16 @@ def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor[real][None] for name, tensor in found.items()}
 
 
-def operations(setting: Setting, model: Any, batch: dict[str, torch.Tensor], plan: SparsityPlan, variant: str) -> float:
+def operations(model: Any, batch: dict[str, torch.Tensor], plan: SparsityPlan, variant: str) -> float:
     """What a variant has to compute: floating-point operations of a forward and backward."""
     shape, kinds = flops.Shape.of(model), tokens.classify(batch["labels"].cpu(), batch["attention_mask"].cpu())
     exact, pruned = variant.endswith("lossless"), variant.startswith(("sparse", "published"))
-    work = flops.Workload.of(kinds, padded=not exact)
+    plan = as_published(plan) if variant.startswith("published") else plan
+    work = flops.Workload.fast(kinds) if exact else flops.Workload.of(kinds, padded=True)
     if variant == "padding-free":
         real = batch["attention_mask"].sum(dim=1).tolist()
         work = flops.Workload(tuple(real), work.context, sum(real))
-    cost = flops.step(shape, work, flops.adapters_of(model), plan if pruned else None)
-    total = cost.total(causal=True)
-    if not exact:
-        return total
-    last = setting.layers - 1  # where rows that bear no loss need keys and values only
-    for name in ("q", "o", "gate", "up", "down"):
-        inputs, outputs = shape.projections[name]
-        kept = 1.0 - plan.sparsity(last, name) if pruned else 1.0
-        rows = work.context * kept + work.tokens - work.context - work.logits
-        total -= 4.0 * rows * inputs * outputs
-        if name in ("q", "o"):
-            total -= 6.0 * (work.tokens - work.logits) * 32 * (inputs + outputs)
-    return total
+    return flops.step(shape, work, flops.adapters_of(model), plan if pruned else None).total(causal=True)
 
 
 def available(device: str) -> tuple[str, ...]:
@@ -288,7 +282,7 @@ def measure(name: str, share: float | None, rounds: int, device: str, log: Path 
     setting = SETTINGS[name]
     model = build(setting, device)
     plan, batch = plan_for(model, setting), batch_for(setting, share, device)
-    factors = Factors.compute(model, plan.rank, replace(plan, selection="svd"))  # for the published algorithm
+    factors = Factors.compute(model, plan.rank, as_published(plan))
     variants = available(device)
     for turn in range(rounds):
         for variant in variants:
@@ -309,7 +303,7 @@ def measure(name: str, share: float | None, rounds: int, device: str, log: Path 
                 with log.open("a") as file:
                     file.write(json.dumps(run) + "\n")
     took = {v: statistics.median(run["ms"] for run in done if run["variant"] == v) for v in variants}
-    needs = {v: operations(setting, model, batch, plan, v) for v in variants}
+    needs = {v: operations(model, batch, plan, v) for v in variants}
     rows, size = [], int(batch["attention_mask"].sum())
     for variant in variants:
         ideal, over = needs[BASE] / needs[variant], took[BASE] / took[variant]
@@ -362,7 +356,7 @@ def show_breakdown(name: str, share: float | None, device: str, console: Console
     setting = SETTINGS[name]
     model = build(setting, device)
     plan, batch = plan_for(model, setting), batch_for(setting, share, device)
-    factors = Factors.compute(model, plan.rank, replace(plan, selection="svd"))  # for the published algorithm
+    factors = Factors.compute(model, plan.rank, as_published(plan))
     rows = []
     for variant in (BASE, "dense + lossless", "sparse + lossless"):
         with prepared(model, plan, factors, batch, variant) as loss:
