@@ -24,8 +24,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from elision import blocks
 from elision.errors import InputError
@@ -99,21 +100,26 @@ class Workload:
     last_block: bool = False
 
     @classmethod
-    def of(cls, kinds: TokenKinds, *, padded: bool) -> Self:
-        """Of a batch of one sequence a row. `padded`: as Hugging Face computes it, padding, elided tokens and all
-        logits included; otherwise only the tokens, and the logits, that the loss depends on.
+    def of(cls, kinds: TokenKinds, *, padded: bool, segment: Tensor | None = None) -> Self:
+        """Of a batch. `padded`: as Hugging Face computes it, padding, elided tokens and all logits included; otherwise
+        only the tokens, and the logits, that the loss depends on. `segment` (batch, sequence), as `tokens.segments`
+        numbers them, tells packed sequences apart, which attend to themselves alone; None: one sequence a row.
         """
         batch, sequence = kinds.context.shape
         context = int(kinds.kept.sum())
         if padded:
             return cls((sequence,) * batch, context, batch * sequence)
-        lengths = ((kinds.context | kinds.dense) & ~kinds.elided).sum(dim=1).tolist()
-        return cls(tuple(lengths), context, int(kinds.loss_bearing.sum()))
+        computed = ((kinds.context | kinds.dense) & ~kinds.elided).long()
+        lengths = computed.sum(dim=1)
+        if segment is not None:
+            lengths = torch.zeros_like(computed).scatter_add_(1, segment, computed).flatten()
+            lengths = lengths[lengths > 0]
+        return cls(tuple(lengths.tolist()), context, int(kinds.loss_bearing.sum()))
 
     @classmethod
-    def fast(cls, kinds: TokenKinds) -> Self:
+    def fast(cls, kinds: TokenKinds, segment: Tensor | None = None) -> Self:
         """Of the same batch as the fast path computes it, with all that is lossless left out."""
-        work = cls.of(kinds, padded=False)
+        work = cls.of(kinds, padded=False, segment=segment)
         return replace(work, longest=max(work.lengths), last_block=True)
 
     @property

@@ -120,10 +120,11 @@ def workloads(batches: Iterable[Mapping[str, Tensor]], padded: bool = False) -> 
     for number, batch in enumerate(batches):
         if batch.get("labels") is None:
             raise InputError(f"batch {number} has no labels, which tell context from output: give batches with labels")
-        given = {name: batch[name].cpu() for name in ("attention_mask", "position_ids") if name in batch}
-        kinds = tokens.classify(batch["labels"].cpu(), **given)
+        given = [None if batch.get(name) is None else batch[name].cpu() for name in ("attention_mask", "position_ids")]
+        labels = batch["labels"].cpu()
+        kinds, segment = tokens.classify(labels, *given), tokens.segments(labels, *given)
         if bool(kinds.loss_bearing.any()):
-            found.append(Workload.of(kinds, padded=True) if padded else Workload.fast(kinds))
+            found.append(Workload.of(kinds, padded=True) if padded else Workload.fast(kinds, segment))
     if not found:
         raise InputError("the data has no label to predict: give prompts with answers")
     return found
