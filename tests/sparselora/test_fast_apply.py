@@ -65,6 +65,7 @@ BATCHES: dict[str, Any] = {
     "packed": packed,
     "holes": holed,
     "full": lambda: {name: t for name, t in tiny.batch((5, 6), (3, 2)).items() if name != "attention_mask"},
+    "a row of outputs alone": lambda: tiny.batch((5, 0, 4), (3, 6, 2)),
     "sum of losses": lambda: {**turns(), "num_items_in_batch": torch.tensor(23)},
 }
 
@@ -93,6 +94,15 @@ def test_equal_to_the_reference_for_every_kind_of_batch(family: str, batch: str)
     model, inputs = tiny.lora(family), BATCHES[batch]()
     plan = tiny.plan(model, 0.6)
     assert tiny.close(run(model, inputs, "fast", plan), run(model, inputs, "reference", plan))
+
+
+def test_a_batch_of_outputs_alone_is_dense_by_name() -> None:
+    model, inputs = tiny.lora(), BATCHES["full"]()
+    inputs["labels"] = inputs["input_ids"].clone()
+    expected = tiny.loss_and_gradients(model, **inputs)
+    with sparsify(model, tiny.plan(model, 0.6), path="fast") as handle:
+        assert tiny.close(tiny.loss_and_gradients(model, **inputs), expected)
+        assert handle.forwards == {"dense (no context token before an output token)": 1} and handle.paths == {"fast": 1}
 
 
 SETTINGS: list[dict[str, Any]] = [
