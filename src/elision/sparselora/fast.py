@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -37,8 +36,6 @@ from elision.sparselora.mlp import MLP, mlp_residual
 from elision.sparselora.norms import Norm
 from elision.sparselora.obstacles import call_obstacle, hooked, model_obstacle, product_dtype, row_dtype
 from elision.sparselora.rows import Elisions, Rows
-
-Run = Callable[[Tensor], Tensor]  # a block, from the stream before it to the stream behind
 
 
 @dataclass(frozen=True)
@@ -113,9 +110,7 @@ class Fast:
             for block, weights, choices in zip(view.blocks, self.layout.weights, self.choices, strict=True):
                 asked = rows.bearing if block.index == last else rows.total
                 masks = draw(block, step.shape, rows.order)
-                run: Run = _Pass(block, view, weights, choices, batch, rows, asked, masks, angles[block.index], lower)
-                if isinstance(block.layer, FSDPModule):
-                    run = partial(_called, block.layer, run)
+                run = _Pass(block, view, weights, choices, batch, rows, asked, masks, angles[block.index], lower)
                 h = run(h) if (checkpoint := _checkpoint(block)) is None else checkpoint(run, h)
         return h
 
@@ -206,7 +201,7 @@ def _lower(view: Decoder) -> torch.dtype | None:
     return product_dtype(view) if torch.is_autocast_enabled(view.blocks[0].q.base.weight.device.type) else None
 
 
-def _called(module: nn.Module, run: Run, h: Tensor) -> Tensor:
+def _called(module: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
     """`run` as the module's own call: its hooks run around it. Not module(h), where layers checkpoint once more."""
     module.forward = run
     try:
@@ -247,6 +242,10 @@ class _Pass:
 
     def __call__(self, h: Tensor) -> Tensor:
         """The residual stream (asked, hidden) behind the block, of h (T, hidden)."""
+        sharded = isinstance(self.block.layer, FSDPModule)
+        return _called(self.block.layer, self._computed, h) if sharded else self._computed(h)
+
+    def _computed(self, h: Tensor) -> Tensor:
         dtype = h.dtype if self.lower is None else self.lower
         return self._mlp(self._attention(h, dtype), dtype)
 
