@@ -39,7 +39,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import finetune_step_report
 import lengths
+import machine
 import published
 import torch
 from peft import LoraConfig, get_peft_model
@@ -47,6 +49,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from elision import files
 from elision.sparselora import Elisions, Factors, SparsityPlan, flops, lossless, sparsify, tokens
 
 OTHERS = ("PEFT", "PEFT bf16 adapters", "compiled", "padding-free", "Liger", "published algorithm")
@@ -382,6 +385,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", type=Path, help="file of timings to go on from and to add to")
+    parser.add_argument("--out", type=Path, help="file for the JSON line, with a page beside it")
     parser.add_argument("--padded", action="store_true", help="rows of GSM8K's lengths instead of full ones")
     parser.add_argument("--breakdown", action="store_true", help="profile one step instead of timing")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, two turns")
@@ -390,6 +394,8 @@ def main() -> None:
     shapes, rounds = (["tiny"], 2) if given.quick else (given.shapes.split(","), given.rounds)
     if unknown := [name for name in shapes if name not in SETTINGS]:
         parser.error(f"--shapes {unknown[0]} is not known: use {', '.join(SETTINGS)}")
+    if given.out and given.breakdown:
+        parser.error("--out keeps timings: leave out --breakdown")
     console = Console(width=150)
     rows = []
     for name in shapes:
@@ -400,8 +406,12 @@ def main() -> None:
                 rows += measure(name, share, rounds, given.device, given.resume, console)
     if not given.breakdown:
         show(rows, console)
-    versions = {"torch": torch.__version__, "threads": given.threads, "rounds": rounds}
-    print(json.dumps({"benchmark": "finetune_step", **versions, "rows": rows}))
+    settings = {"threads": given.threads, "rounds": rounds}
+    line = json.dumps({"benchmark": "finetune_step", **machine.about(), **settings, "rows": rows})
+    if given.out:
+        files.write_text(given.out, line + "\n")
+        finetune_step_report.write(given.out)
+    print(line)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -39,11 +37,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import machine
 import torch
 import torch.distributed as dist
 import tp_latency_report
@@ -391,9 +390,8 @@ def main() -> None:
     if unknown := [name for name in given.links.split(",") if name not in RATES]:
         parser.error(f"--links {unknown[0]} is not known: use {', '.join(RATES)}")
     console = Console(width=150)
-    about = {"machine": processor(), "cores": len(os.sched_getaffinity(0)), "date": str(datetime.date.today())}
-    about |= {"torch": torch.__version__, "quick": given.quick, "turns": turns}
-    found: dict[str, Any] = {"benchmark": "tp_latency", **about, "bars": [], "links": [], "vllm": None}
+    settings = {**machine.about(), "quick": given.quick, "turns": turns}
+    found: dict[str, Any] = {"benchmark": "tp_latency", **settings, "bars": [], "links": [], "vllm": None}
     if given.out and given.out.exists():
         before = json.loads(given.out.read_text(encoding="utf-8"))
         if any(before.get(key) != found[key] for key in ("machine", "cores", "torch", "quick", "turns")):
@@ -433,14 +431,6 @@ def main() -> None:
         console.print(f"{word}  {each['bar']}: {each['value']:.1%} ({each['limit']:.0%})")
     print(json.dumps(found))
     return None
-
-
-def processor() -> str:
-    """The processor's name as Linux tells it, else the architecture."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.machine()
 
 
 if __name__ == "__main__":

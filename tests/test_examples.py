@@ -38,7 +38,7 @@ def test_sync_point_drop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     assert "11 of 12 blocks without their sync" in printed and "2 ranks generated the same as one process" in printed
     dense, dropped, healed = map(float, re.findall(r"\d+\.\d\d", printed)[:3])
-    assert dense < min(dropped, healed)  # eight rows are too few to say how much healing wins back
+    assert all(abs(each / dense - 1) < 0.05 for each in (dropped, healed))  # on eight rows no order is sure
     assert f"vllm serve {tmp_path / 'served'} --tensor-parallel-size 2" in printed
 
 

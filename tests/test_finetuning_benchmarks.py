@@ -57,6 +57,7 @@ def test_finetune_step(
     benchmark = program("finetune_step")
     monkeypatch.setattr(torch, "compile", lambda model: model)  # takes longer than all the rest
     quick = ("--quick", "--device", "cpu", "--threads", 1, "--resume", tmp_path / "runs.jsonl")
+    quick += ("--out", tmp_path / "step.json")
     found = last_line(benchmark, monkeypatch, capsys, *quick)
     rows = {row["variant"]: row for row in found["rows"]}
     assert found["benchmark"] == "finetune_step" and tuple(rows) == benchmark.available("cpu")
@@ -64,6 +65,10 @@ def test_finetune_step(
     for row in rows.values():
         assert asked | {"gflops", "tokens_per_s", "speedup_bf16"} == row.keys()
         assert all(value > 0 for value in row.values() if isinstance(value, float | int) and not math.isnan(value))
+    assert json.loads((tmp_path / "step.json").read_text()) == found
+    assert f"| tiny | 25% | sparse + lossless | {rows['sparse + lossless']['step_ms']:.0f} |" in (
+        (tmp_path / "step.md").read_text()
+    )
     assert rows["PEFT"]["speedup"] == rows[benchmark.BASE]["ideal"] == 1.0
     ideals = [rows[name]["ideal"] for name in (benchmark.BASE, "dense + lossless", "sparse + lossless")]
     assert ideals == sorted(ideals) and len(set(ideals)) == 3 and rows["sparse"]["ideal"] > 1

@@ -169,7 +169,7 @@ def _costs(seconds: float, kept: float) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"seconds": round(seconds, 1), "time": f"about {duration(seconds)}", "memory_mb": round((peak + kept) / MB)}
+    return {"seconds": round(seconds, 3), "time": f"about {duration(seconds)}", "memory_mb": round((peak + kept) / MB)}
 
 
 def _timed(work: Callable[[], Any]) -> float:
