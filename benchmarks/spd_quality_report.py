@@ -163,9 +163,10 @@ def page(journals: Journals, recipe: dict[str, Any]) -> str:
     parts = [
         "# SPD: quality\n",
         f"Written by `benchmarks/spd_quality_report.py` from what this measured:\n\n    {COMMAND}\n",
+        f"It has come this far (its recipe has seeds {listed(recipe['seeds'])}): {so_far(journals)}.\n",
         f"The recipe, fixed before the measurement, is `benchmarks/spd_quality.json`: {recipe['rows']} rows of "
         f"{recipe['length']} tokens of the standard library to calibrate on, {recipe['held_out_rows']} rows of its "
-        f"other files to score on; a seed ({', '.join(map(str, seeds))}) is another choice of calibration text. "
+        f"other files to score on; a seed ({listed(seeds)}) is another choice of calibration text. "
         '"Won back" is the share of the perplexity lost by dropping all syncs as they are. Numbers are means over '
         "seeds, with the range in brackets. Where fewer blocks are dropped, ours is healed anew for them; the "
         "paper's way treats a block alike whatever else is dropped.\n",
@@ -253,6 +254,19 @@ def sections(journals: Journals, recipe: dict[str, Any]) -> dict[str, Any]:
         what = {"saving": "the syncs after attention", "cost": "perplexity"}
         tradeoffs.append({"name": f"SPD, {model}, {ranks} ranks", **what, "points": points})
     return {"title": "SPD: quality", "settings": {"command": COMMAND}, "tradeoffs": tradeoffs}
+
+
+def so_far(journals: Journals) -> str:
+    """Which seeds are measured, by model and number of ranks."""
+    found: dict[str, list[int]] = {}
+    for about in (each["about"] for each in journals):
+        found.setdefault(f"{about['model']} at {about['ranks']} ranks", []).append(about["seed"])
+    return "; ".join(f"{which}: {listed(seeds)}" for which, seeds in found.items())
+
+
+def listed(values: Iterable[int]) -> str:
+    """The numbers, separated by commas."""
+    return ", ".join(map(str, values))
 
 
 def point(name: str, saving: float, costs: Sequence[float], kind: str) -> dict[str, Any]:

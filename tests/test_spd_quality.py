@@ -68,6 +68,7 @@ def test_the_page_has_every_model_and_says_not_met(tmp_path):
     page = report.page(loaded, RECIPE)
     for heading in ("## llama, 2 ranks", "## opt, 8 ranks", "## Bars", "**not met**", "| met |", report.COMMAND):
         assert heading in page
+    assert "llama at 2 ranks: 0; llama at 8 ranks: 0; opt at 2 ranks: 0" in page
     assert "in 0 of 4 after it: it does not reliably help here" in page
     assert json.dumps(report.summary(loaded, RECIPE))
 
