@@ -3,13 +3,14 @@
 Fine-tunes of the embedded model on tasks that it was not trained on: LoRA, SparseLoRA at three shares of its
 operations, calibrated and uniform, and what the method claims to need taken away piece by piece: dense outputs, dense
 first steps, the estimator, and, as controls, any choice at all ("random channels") and the context's FFN as a whole.
-Two word-problem families, new problems of the kind trained on, and MAWPS, train and test set of the data folder, where
-that is there. A problem counts as solved if greedy decoding gives the worked solution token by token.
+Two families of word problems that the model never saw, and MAWPS, train and test set of the data folder, where that is
+there. A problem counts as solved if greedy decoding gives the worked solution token by token.
 
 Recipe, plans' budgets, seeds and comparisons are sparselora_quality.json beside this file, fixed before the first run.
-Plans are calibrated once a task, after the dense first steps, on training problems of their own. Dense steps run by the
-same lossless fast path as sparse ones. Runs are done in the order of their tiers, seed by seed; each leaves a file in
---out, so that a killed program goes on where it was, and the page is written from what is there after every tier.
+Plans are calibrated once a task, after a rehearsal of some dense steps, on training problems of their own; "paper's
+layers" is its plan for LLaMA3-8B on Math10K, scaled to this depth. Dense steps run by the same lossless fast path as
+sparse ones. Runs are done in the order of their tiers, seed by seed; each leaves a file in --out, so that a killed
+program goes on where it was, and the page is written from what is there after every tier.
 
 Intervals take in seeds and problems: with d the mean over s seeds and p problems, its variance is estimated by
 var_seeds(mean over problems) / s + var_problems(mean over seeds) / p, with Student's t at s - 1 degrees of freedom.
@@ -37,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elision import data, files
+from elision.demo import paper_plan
 from elision.evaluate import Interval, evaluating
 from elision.loading import load_model
 from elision.sparselora import Factors, SparsityPlan, calibrate, flops, lossless, sparsify
@@ -105,9 +107,8 @@ def fit(
     seed: int,
     plan: SparsityPlan | None = None,
     factors: Factors | None = None,
-    stop: int | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Train the adapter for `steps` steps, of which only the first `stop` are done; returns the batches."""
+    """Train the adapter for `steps` steps; returns the batches."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe["learning_rate"], weight_decay=0.0)
     warmup = max(1, round(recipe["warmup"] * steps))
@@ -115,8 +116,6 @@ def fit(
     model.train()
     with lossless(model) if plan is None else sparsify(model, plan, factors) as handle:
         for step, batch in enumerate(batches(rows, steps, recipe["batch"], seed)):
-            if step == stop:
-                break
             done = max(0.0, (step - warmup) / max(1, steps - warmup))
             rate = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * done))
             for group in optimizer.param_groups:
@@ -185,12 +184,10 @@ def prepare(job: tuple[Path, dict[str, Any], str]) -> str:
         return name
     started = time.perf_counter()
     model, tokenizer = fresh(recipe, CALIBRATION_SEED)
-    steps = -(-task["train"] // recipe["batch"])
     rows = data.encode(tokenizer, examples(task, "calibration", 0))
-    fit(model, rows, recipe, steps, CALIBRATION_SEED, stop=round(recipe["dense_steps"] * steps))
-    rows = rows[: recipe["calibration_rows"]]
-    size = min(len(rows), recipe["batch"])
-    measured = list(batches(rows, len(rows) // size, size, 0))
+    number, size = recipe["calibration_rows"], min(recipe["calibration_rows"], recipe["batch"])
+    measured = list(batches(rows[:number], number // size, size, 0))
+    learned = list(batches(rows[number:] or rows, recipe["rehearsed_steps"], recipe["batch"], 0))
     for budget in budgets:
         plan = calibrate(
             model,
@@ -198,6 +195,8 @@ def prepare(job: tuple[Path, dict[str, Any], str]) -> str:
             flops=budget,
             grid=recipe["grid"],
             count=recipe["count"],
+            rehearse=learned,
+            learning_rate=recipe["learning_rate"],
             state=folder / f"{name}.journal.json",
             quiet=True,
             selection=recipe["selection"],
@@ -227,9 +226,12 @@ def run(job: tuple[Path, dict[str, Any], str, str, int]) -> str:
     model, tokenizer = fresh(recipe, seed)
     steps = max(1, round(how.get("steps", 1.0) * -(-task["train"] // recipe["batch"])))
     plan, factors = None, None
+    if "layers" in how:
+        plan = replace(paper_plan(model, recipe["selection"], seed), dense_steps=recipe["dense_steps"])
     if "flops" in how or "uniform" in how:
         kind = f"{how['flops']:g}" if "flops" in how else f"uniform-{how['uniform']:g}"
         plan = replace(SparsityPlan.load(out / "plans" / f"{name}-{kind}.json"), calibration=None, seed=seed)
+    if plan is not None:
         plan = replace(plan, **{k: v for k, v in how.items() if k in ("selection", "dense_steps", "dense_outputs")})
         factors = Factors.load(out / "plans" / f"{name}-whitened") if plan.selection == "whitened" else None
     rows = data.encode(tokenizer, examples(task, "train", seed))
@@ -442,7 +444,7 @@ def main() -> None:
     command = f"python benchmarks/{Path(__file__).name}"
     if given.quick:
         small = {"train": 32, "test": 16}
-        recipe |= {"seeds": recipe["seeds"][:2], "grid": [0.99], "calibration_rows": 4}
+        recipe |= {"seeds": recipe["seeds"][:2], "grid": [0.99], "calibration_rows": 4, "rehearsed_steps": 2}
         recipe["tasks"] = {name: {**task, **small} for name, task in list(recipe["tasks"].items())[-2:]}
         given.out, given.page, command = given.out / "quick", given.out / "quick" / "page.md", f"{command} --quick"
     recipe["tasks"] = available(recipe["tasks"])

@@ -155,7 +155,7 @@ def _finetune(out: Path, name: str, slug: str, seed: int) -> dict[str, Any]:
     steps = TRAIN_PROBLEMS // BATCH
     settings = Settings(steps, BATCH, LEARNING_RATE, checkpoints=CHECKPOINTS, seed=seed)
     model = add_adapter(base, settings)
-    plan = _plan(model, VARIANTS[name], seed)
+    plan = paper_plan(model, VARIANTS[name], seed)
     journal = _Journal(model, plan, out / "journals" / f"train-{slug}.jsonl")
     examples = data.problems((FAMILY,), "train", TRAIN_PROBLEMS, seed)
     log = train(model, tokenizer, examples, plan, out / "adapters" / slug, settings, callbacks=[journal.callback()])
@@ -171,7 +171,7 @@ def _finetune(out: Path, name: str, slug: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _plan(model: Any, selection: Any, seed: int) -> Any:
+def paper_plan(model: Any, selection: Any, seed: int) -> Any:
     """The paper's Math10K plan for LLaMA3-8B, its layers scaled from 32 to this model's; None for plain LoRA."""
     from elision.sparselora import ModelFacts, SparsityPlan
 

@@ -46,9 +46,11 @@ def test_calibrate_then_train_by_the_plan(model: Path, tmp_path: Path) -> None:
     found = SparsityPlan.load(out).calibration
     assert found is not None and found.flops["full"] <= 0.99
     assert out.with_name("plan.json.journal").exists()
-    streamed = tmp_path / "streamed.json"
+    assert found.rehearsed == 32 and out.with_name("plan.json.journal.safetensors").exists()
+    bare, streamed = tmp_path / "bare.json", tmp_path / "streamed.json"
+    run("calibrate", model, "--data", data, "--out", bare, *budget, "--rehearse", 0)
     run("calibrate", model, "--data", data, "--out", streamed, *budget, "--stream")
-    assert streamed.read_bytes() == out.read_bytes()
+    assert streamed.read_bytes() == bare.read_bytes() != out.read_bytes()
     code, said, _ = run("train", model, "--data", data, "--out", tmp_path / "adapter", "--plan", out, "--epochs", 4)
     assert code == 0 and "expect at most 1." in said
     again = tmp_path / "again.json"
@@ -147,6 +149,9 @@ def test_training_reports_through_trainers_integrations(
         (("calibrate", "--flops", 0.01), "flops=0.01 cannot be met"),
         (("calibrate", "--time", 0.5, "--stream"), "--stream goes without"),
         (("calibrate", "--adapter", "absent"), "absent holds no adapter_config.json"),
+        (("calibrate", "--adapter", "absent", "--rehearse", 4), "are both given: one of them is enough"),
+        (("calibrate", "--rehearse", 4, "--stream"), "--stream goes without --adapter, --rehearse and --time"),
+        (("calibrate", "--learning-rate", 30), "learning_rate 30.0 is not between 0 and 1"),
         (("calibrate", "--selection", "magic"), "selection 'magic' is not known"),
         (("bench",), "give either --plan or --sparsity"),
         (("bench", "--plan", "llama3-8b/math10k"), "this model has layers 2"),

@@ -51,11 +51,14 @@ def fine_tuning(
 
 
 def sparsity_calibration(
-    model: Any, batches: Sequence[Batch], share: float | None, settings: Mapping[str, Any]
+    model: Any, batches: Sequence[Batch], share: float | None, settings: Mapping[str, Any], lessons: Sequence[Batch]
 ) -> dict[str, Any]:
-    """Of `elision sparselora calibrate`: a dense walk of one batch, and one with the last layer's parts sparse."""
+    """Of `elision sparselora calibrate`: a dense walk of one batch, one with the last layer's parts sparse, and a step
+    of those that are rehearsed.
+    """
     from elision.sparselora import SparsityPlan, calibration, forecast, sweep
     from elision.sparselora.plan import PARTS
+    from elision.sparselora.stopwatch import step_seconds
 
     data = sweep.check(batches, model.config.vocab_size)
     grid = calibration.GRID
@@ -71,10 +74,16 @@ def sparsity_calibration(
     sparse = max(0.0, _timed(walk(variants)) - dense) / variants  # a pass through one block, and the head
     passes = layers * (1 + variants * (layers - 1) / 2)  # of dense blocks: each stream is sparse in one block alone
     seconds = (dense / layers * passes + sparse * variants * layers) * _ratio(data)
+    if lessons:
+        seconds += len(lessons) * step_seconds(model, lessons[:1], {"LoRA": None}, turns=1)["LoRA"]
     ids = data[0]["input_ids"]
     stream = ids.numel() * model.config.hidden_size * next(model.parameters()).element_size()
     told = forecast(model, data, most)
-    found: dict[str, Any] = {"batches": len(data), "forward_passes_a_batch": round(passes / layers + variants)}
+    found: dict[str, Any] = {
+        "rehearsed_steps": len(lessons),
+        "batches": len(data),
+        "forward_passes_a_batch": round(passes / layers + variants),
+    }
     found |= _costs(seconds, (1 + variants * layers) * stream)
     found["gain"] = (
         f"at most {told.speedup:.2f}x, with {grid[-1]:.0%} of the channels left out everywhere: "

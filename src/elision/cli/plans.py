@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Data = Annotated[
     Path, typer.Option(help="Prompts and answers: .jsonl with one object a line, or .json with a list of them.")
 ]
+REHEARSED = 32  # steps
 Rows = Annotated[int, typer.Option(min=1, help="Rows of the data at most, evenly spaced.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens a row at most.")]
@@ -37,8 +38,13 @@ def calibrate(
     flops: Annotated[float | None, typer.Option(help="Share of dense LoRA's operations that a run may cost.")] = None,
     time: Annotated[float | None, typer.Option(help="Share of its time instead; steps are timed here.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Or allowed perplexity increase; 0.01 is one percent.")] = None,
+    rehearse: Annotated[
+        int | None,
+        typer.Option(min=0, help=f"Dense steps of a throwaway adapter before measuring; {REHEARSED} where it can."),
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of these steps: that of the training to come.")] = 3e-4,
     adapter: Annotated[
-        Path | None, typer.Option(help="PEFT adapter that had the dense first steps; by default the bare model.")
+        Path | None, typer.Option(help="PEFT adapter that has learned a little already, instead of a rehearsal.")
     ] = None,
     selection: Annotated[str | None, typer.Option(help="How channels are chosen; by default as plans do.")] = None,
     dense_steps: Annotated[float, typer.Option(help="Share of the steps that will be dense.")] = 0.05,
@@ -60,6 +66,10 @@ def calibrate(
     is given). --dry-run says how long measuring takes, and what the data leaves
     to gain at most.
 
+    A model that has learned nothing of your data does not show what learning it
+    will need, so a throwaway adapter is trained for a few steps first, on rows
+    that are not measured.
+
     \b
     Examples:
       elision sparselora calibrate reference --data pairs.jsonl --flops 0.6 --out plan.json
@@ -68,20 +78,23 @@ def calibrate(
     from elision import sparselora
     from elision.report import sources
 
-    if stream and (adapter is not None or time is not None):
-        raise InputError("--stream goes without --adapter and --time: a model on disk cannot be trained")
-    loaded, batches = _load(model, data, rows, batch, max_length, dtype, stream)
+    if stream and (adapter is not None or time is not None or rehearse):
+        raise InputError("--stream goes without --adapter, --rehearse and --time: a model on disk cannot be trained")
+    if adapter is not None and rehearse:
+        raise InputError(f"--adapter {adapter} and --rehearse {rehearse} are both given: one of them is enough")
+    steps = rehearse if rehearse is not None else 0 if stream or adapter is not None else REHEARSED
+    loaded, batches, lessons = _load(model, data, rows, batch, max_length, dtype, stream, steps)
     if adapter is not None:
         loaded = _with_adapter(loaded, adapter)
-    elif time is not None:
+    elif time is not None or steps:
         from elision.sparselora.train import Settings, add_adapter
 
-        loaded = add_adapter(loaded, Settings(steps=1))
+        loaded = add_adapter(loaded, Settings(steps=1, learning_rate=learning_rate))
     settings: dict[str, Any] = {"dense_steps": dense_steps} | ({} if selection is None else {"selection": selection})
     if dry_run:
         from elision.cli import estimates
 
-        return show(estimates.sparsity_calibration(loaded, batches, flops or time, settings), as_json)
+        return show(estimates.sparsity_calibration(loaded, batches, flops or time, settings, lessons), as_json)
     with run_directory(ctx, run) as kept:
         if selection == "whitened":
             factors = sparselora.Factors.whitened(loaded, batches)
@@ -89,7 +102,15 @@ def calibrate(
             settings["factors"] = factors
         journal = out.with_name(f"{out.name}.journal")
         plan = sparselora.calibrate(
-            loaded, batches, flops=flops, time=time, max_loss=max_loss, state=journal, **settings
+            loaded,
+            batches,
+            flops=flops,
+            time=time,
+            max_loss=max_loss,
+            rehearse=lessons,
+            learning_rate=learning_rate,
+            state=journal,
+            **settings,
         )
         plan.save(out)
         found, told = plan.calibration, sparselora.forecast(loaded, batches, plan)
@@ -159,7 +180,7 @@ def bench(
     if (plan is None) == (sparsity is None):
         raise InputError("give either --plan or --sparsity: one of them says what to leave out")
     known = plan_of(plan, mode)
-    loaded, batches = _load(model, data, rows, batch, max_length, dtype)
+    loaded, batches, _ = _load(model, data, rows, batch, max_length, dtype)
     wanted, factors = known(loaded)
     wanted = wanted or SparsityPlan.uniform(loaded, sparsity or 0.0)
     loaded = add_adapter(loaded, Settings(steps=1))
@@ -215,15 +236,29 @@ def _factors_beside(plan: Path) -> Path:
 
 
 def _load(
-    model: str, data: Path, rows: int, batch: int, max_length: int, dtype: str, stream: bool = False
-) -> tuple[Any, list[dict[str, Tensor]]]:
-    """A model, and batches of rows spread over a file of prompts and answers."""
+    model: str, data: Path, rows: int, batch: int, max_length: int, dtype: str, stream: bool = False, lessons: int = 0
+) -> tuple[Any, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """A model, batches of rows spread over a file of prompts and answers, and `lessons` batches of its other rows.
+
+    Where there are no other rows, lessons are of the same.
+    """
     from elision.data import collate, encode, load_examples
 
     examples = load_examples(data)
     loaded, tokenizer = load(model, dtype, stream=stream)
-    encoded = encode(tokenizer, examples[:: max(1, len(examples) // rows)][:rows], max_length)
-    return loaded, [collate(encoded[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(encoded), batch)]
+    chosen = range(0, len(examples), max(1, len(examples) // rows))[:rows]
+
+    def batches(taken: Sequence[Any]) -> list[dict[str, Tensor]]:
+        encoded = encode(tokenizer, taken, max_length)
+        return [collate(encoded[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(encoded), batch)]
+
+    measured = batches([examples[i] for i in chosen])
+    if not lessons:
+        return loaded, measured, []
+    others = [example for i, example in enumerate(examples) if i not in chosen]
+    taken = others[:: max(1, len(others) // (lessons * batch))][: lessons * batch]
+    learned = batches(taken) if taken else measured
+    return loaded, measured, [learned[i % len(learned)] for i in range(lessons)]
 
 
 def _with_adapter(model: Any, path: Path) -> Any:

@@ -4,7 +4,7 @@ After Khaki et al., "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sp
 267:29768-29783 (https://proceedings.mlr.press/v267/khaki25a.html). What is sparse is the frozen branch, on context
 tokens, while training; adapters and output tokens stay dense, and the result is an ordinary PEFT adapter.
 
-    plan = calibrate(model, batches, flops=0.5)  # or SparsityPlan.load, .uniform, .preset
+    plan = calibrate(model, batches, flops=0.5, rehearse=others)  # or SparsityPlan.load, .uniform, .preset
     with sparsify(model, plan) as sparse:
         Trainer(model, ..., callbacks=[sparse.schedule]).train()
 """

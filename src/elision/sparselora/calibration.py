@@ -11,8 +11,9 @@ first and last layers stay dense if their curves say so.
 Curves are of single parts and their increases are taken to add up. That is checked: the plan's loss is measured with
 all parts sparse together, and for `max_loss` that measured figure is held to the limit, not the sum.
 
-The loss is that of the model as it is given. As in the paper, give one that had the dense first steps of its
-fine-tuning (a PEFT model with that adapter, unmerged); the bare base works too, and measures before any learning.
+The loss is that of a model that has begun to learn the data: `rehearse` trains its adapter for some dense steps first,
+and takes them back. Without, it is that of the model as it is given; the bare base works too, but what learning will
+need does not show there (rehearsal.py).
 
 Time is read off this machine: three real steps, dense, with the FFN alone pruned and with attention alone pruned, tell
 how many seconds an operation left out is worth in each.
@@ -36,7 +37,7 @@ from elision.errors import InputError
 from elision.facts import ModelFacts
 from elision.layerwise import fingerprint
 from elision.sparselora import flops as counting
-from elision.sparselora import stopwatch, sweep
+from elision.sparselora import rehearsal, stopwatch, sweep
 from elision.sparselora.allotment import Allotment, Point, allot
 from elision.sparselora.factors import Factors, estimated
 from elision.sparselora.flops import Shape, Workload
@@ -60,6 +61,8 @@ def calibrate(
     grid: Sequence[float] = GRID,
     count: Sequence[str] = COUNTED,
     factors: Factors | None = None,
+    rehearse: Iterable[Batch] = (),
+    learning_rate: float = 3e-4,
     state: str | Path | None = None,
     quiet: bool = False,
     **settings: Any,
@@ -77,7 +80,11 @@ def calibrate(
         grid: sparsities to measure, ascending, in (0, 1); the highest is the most that a part may get.
         count: what `flops` counts, of the fields of flops.Cost.
         factors: of the selection "whitened"; those of "svd" are computed here.
-        state: file that keeps what was measured: give the same path again and a killed run goes on.
+        rehearse: other batches of the data, to train the adapter on for a dense step each before measuring; 16 to 32
+            of them are enough. The adapter is as before when this returns.
+        learning_rate: of those steps: that of the fine-tuning to come.
+        state: file that keeps what was measured: give the same path again and a killed run goes on. What was
+            rehearsed is kept beside it, in `<state>.safetensors`.
         quiet: show no progress bar.
         settings: the other fields of a plan (selection, dense_steps, rotary_pairs, ...).
 
@@ -97,6 +104,8 @@ def calibrate(
         unknown = sorted(set(settings) - {"selection", "rank", "dense_steps", "rotary_pairs", "dense_outputs", "seed"})
         raise InputError(f"setting {unknown[0]!r} is not known: it is no field of a plan") from None
     data = sweep.check(batches, view.config.vocab_size)
+    lessons = sweep.check(lessons, view.config.vocab_size) if (lessons := list(rehearse)) else []
+    rehearsal.check(model, lessons, learning_rate)
     works = workloads(data)
     factors = _factors(model, base, grid, factors)
     cost = _Cost(model, [under(work, base) for work in works], base, grid, count)
@@ -106,40 +115,45 @@ def calibrate(
         cost.check(limit, budget)
 
     journal = Journal(state)
+    learned = None if state is None else f"{state}.safetensors"
     choices = sweep.singles(base, grid)
-    title = "Measuring what each layer can spare"
-    measured = sweep.losses(model, data, base, choices, journal, factors=factors, quiet=quiet, title=title)
-    dense, rest = measured[0], iter(measured[1:])
-    curves: dict[tuple[int, Part], tuple[float, ...]] = {  # in the order of `singles`
-        (layer, part): tuple(next(rest) - dense for _ in grid) for layer in range(facts.layers) for part in PARTS
-    }
-    items = list(curves)
-    points = [
-        [
-            Point(sparsity, saving, increase)
-            for sparsity, increase in zip(grid, curves[item], strict=True)
-            if (saving := cost.saving(*item, sparsity)) > 0
-        ]
-        for item in items
-    ]
-
-    def plan_of(found: Allotment) -> SparsityPlan:
-        by_item = {item: cost.sparsity(*item, point) for item, point in zip(items, found.points, strict=True)}
-        return replace(base, **{part: tuple(by_item[layer, part] for layer in range(facts.layers)) for part in PARTS})
-
-    def increase_of(plan: SparsityPlan) -> float:
-        together: Choice = (*plan.ffn, *plan.qk, *plan.vo)
-        found = sweep.losses(
-            model, data, base, [together], journal, factors=factors, quiet=quiet, title="Measuring the plan"
+    with rehearsal.rehearsed(model, lessons, learning_rate, learned, quiet):
+        measured = sweep.losses(
+            model, data, base, choices, journal, factors=factors, quiet=quiet, title="Measuring layers"
         )
-        return found[0] - dense
+        dense, rest = measured[0], iter(measured[1:])
+        curves: dict[tuple[int, Part], tuple[float, ...]] = {  # in the order of `singles`
+            (layer, part): tuple(next(rest) - dense for _ in grid) for layer in range(facts.layers) for part in PARTS
+        }
+        items = list(curves)
+        points = [
+            [
+                Point(sparsity, saving, increase)
+                for sparsity, increase in zip(grid, curves[item], strict=True)
+                if (saving := cost.saving(*item, sparsity)) > 0
+            ]
+            for item in items
+        ]
 
-    if budget == "max_loss":
-        found, plan, increase = _within(points, math.log1p(limit), plan_of, increase_of)
-    else:
-        found = allot(points, saving=cost.needed(limit))
-        plan = plan_of(found)
-        increase = increase_of(plan)
+        def plan_of(found: Allotment) -> SparsityPlan:
+            by_item = {item: cost.sparsity(*item, point) for item, point in zip(items, found.points, strict=True)}
+            return replace(
+                base, **{part: tuple(by_item[layer, part] for layer in range(facts.layers)) for part in PARTS}
+            )
+
+        def increase_of(plan: SparsityPlan) -> float:
+            together: Choice = (*plan.ffn, *plan.qk, *plan.vo)
+            found = sweep.losses(
+                model, data, base, [together], journal, factors=factors, quiet=quiet, title="Measuring the plan"
+            )
+            return found[0] - dense
+
+        if budget == "max_loss":
+            found, plan, increase = _within(points, math.log1p(limit), plan_of, increase_of)
+        else:
+            found = allot(points, saving=cost.needed(limit))
+            plan = plan_of(found)
+            increase = increase_of(plan)
     told = compare(Shape.of(model), works, cost.adapters, plan)
     share = cost.share(plan)
     return replace(
@@ -163,6 +177,7 @@ def calibrate(
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
+            rehearsed=len(lessons),
         ),
     )
 

@@ -58,6 +58,7 @@ class Calibration:
         speedup: expected of a run on such data over dense LoRA, both without what is lossless to leave out.
         speedup_from: "operations" (an upper bound: time per operation is taken to be the same) or "timed steps".
         versions: of what measured it.
+        rehearsed: dense steps that the model had before it was measured, taken back afterwards.
     """
 
     data: str
@@ -76,6 +77,7 @@ class Calibration:
     speedup: float
     speedup_from: str
     versions: Mapping[str, str]
+    rehearsed: int = 0
 
     def __post_init__(self) -> None:
         try:
