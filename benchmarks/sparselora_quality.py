@@ -47,6 +47,7 @@ from elision.sparselora.train import Settings, add_adapter
 
 RECIPE = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "sparselora_quality.md"
+JOURNALS = PAGE.with_suffix("")  # plans and results of the runs behind the page
 TEST_SEED, CALIBRATION_SEED = 10_001, 10_002  # of problems; training takes the run's own seed
 
 console = Console(highlight=False, width=120)
@@ -180,16 +181,20 @@ def prepare(job: tuple[Path, dict[str, Any], str]) -> str:
     task, folder = recipe["tasks"][name], out / "plans"
     budgets = sorted({v["flops"] for v in recipe["variants"].values() if "flops" in v}, reverse=True)
     uniform = sorted({v["uniform"] for v in recipe["variants"].values() if "uniform" in v}, reverse=True)
-    if (folder / f"{name}.done").exists():
+    factors = folder / f"{name}-whitened.safetensors"
+    paths = {budget: folder / f"{name}-{budget:g}.json" for budget in budgets}
+    even = {budget: folder / f"{name}-uniform-{budget:g}.json" for budget in uniform}
+    if all(path.exists() for path in (factors, *paths.values(), *even.values())):
         return name
-    started = time.perf_counter()
+    number, size = recipe["calibration_rows"], min(recipe["calibration_rows"], recipe["batch"])
     model, tokenizer = fresh(recipe, CALIBRATION_SEED)
     rows = data.encode(tokenizer, examples(task, "calibration", 0))
-    number, size = recipe["calibration_rows"], min(recipe["calibration_rows"], recipe["batch"])
     measured = list(batches(rows[:number], number // size, size, 0))
     learned = list(batches(rows[number:] or rows, recipe["rehearsed_steps"], recipe["batch"], 0))
-    for budget in budgets:
-        plan = calibrate(
+    for budget, path in paths.items():
+        if path.exists():
+            continue
+        calibrate(
             model,
             measured,
             flops=budget,
@@ -197,24 +202,20 @@ def prepare(job: tuple[Path, dict[str, Any], str]) -> str:
             count=recipe["count"],
             rehearse=learned,
             learning_rate=recipe["learning_rate"],
-            state=folder / f"{name}.journal.json",
+            state=folder / f"{name}.journal",
             quiet=True,
             selection=recipe["selection"],
             dense_steps=recipe["dense_steps"],
-        )
-        plan.save(folder / f"{name}-{budget:g}.json")
-    for budget in uniform:
+        ).save(path)
+    switches = {"selection": recipe["selection"], "dense_steps": recipe["dense_steps"]}
+    for budget, path in even.items():
         low, high = 0.0, 1.0
         for _ in range(30):
             middle = (low + high) / 2
-            plan = SparsityPlan.uniform(model, middle, selection=recipe["selection"], dense_steps=recipe["dense_steps"])
+            plan = SparsityPlan.uniform(model, middle, **switches)
             low, high = (middle, high) if share(model, measured, plan, recipe["count"]) > budget else (low, middle)
-        SparsityPlan.uniform(model, high, selection=recipe["selection"], dense_steps=recipe["dense_steps"]).save(
-            folder / f"{name}-uniform-{budget:g}.json"
-        )
-    model, _ = fresh(recipe, CALIBRATION_SEED)
-    Factors.whitened(model, measured).save(folder / f"{name}-whitened")
-    files.write_text(folder / f"{name}.done", f"{time.perf_counter() - started:.0f} s\n")
+        SparsityPlan.uniform(model, high, **switches).save(path)
+    Factors.whitened(model, measured).save(factors)
     return name
 
 
@@ -233,7 +234,7 @@ def run(job: tuple[Path, dict[str, Any], str, str, int]) -> str:
         plan = replace(SparsityPlan.load(out / "plans" / f"{name}-{kind}.json"), calibration=None, seed=seed)
     if plan is not None:
         plan = replace(plan, **{k: v for k, v in how.items() if k in ("selection", "dense_steps", "dense_outputs")})
-        factors = Factors.load(out / "plans" / f"{name}-whitened") if plan.selection == "whitened" else None
+        factors = Factors.load(out / "plans" / f"{name}-whitened.safetensors") if plan.selection == "whitened" else None
     rows = data.encode(tokenizer, examples(task, "train", seed))
     seen = fit(model, rows, recipe, steps, seed, plan, factors)
     trained = time.perf_counter() - started
@@ -242,7 +243,7 @@ def run(job: tuple[Path, dict[str, Any], str, str, int]) -> str:
     if plan is not None:
         everything = ("base", "adapters", "attention", "estimator", "head")
         shares = {"frozen": share(model, seen, plan, recipe["count"]), "all": share(model, seen, plan, everything)}
-    result = {"solved": solved, "loss": loss, "flops": shares, "seconds": trained, "steps": steps}
+    result = {"solved": "".join(map(str, solved)), "loss": loss, "flops": shares, "seconds": trained, "steps": steps}
     files.write_json(out / "runs" / name / f"{slug(variant)}-{seed}.json", result)
     return f"{name}, {variant}, seed {seed}: {statistics.fmean(solved):.1%} solved, loss {loss:.4f}, {trained:.0f} s"
 
@@ -297,7 +298,7 @@ def collect(out: Path, recipe: Mapping[str, Any]) -> dict[str, dict[str, dict[in
     return {
         task: {
             variant: {
-                seed: files.read_json(path, "result")
+                seed: (found := files.read_json(path, "result")) | {"solved": [int(one) for one in found["solved"]]}
                 for seed in recipe["seeds"]
                 if (path := out / "runs" / task / f"{slug(variant)}-{seed}.json").exists()
             }
@@ -433,7 +434,7 @@ def kind_of(variant: str, recipe: Mapping[str, Any]) -> str:
 def main() -> None:
     """Calibrate, fine-tune, score, write the page; resume where it was left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/sparselora_quality"), help="working directory")
+    parser.add_argument("--out", type=Path, default=JOURNALS, help="directory of plans and results")
     parser.add_argument("--processes", type=int, default=1, help="of one thread each")
     parser.add_argument("--tiers", default="1,2,3", help="which variants, by their tier in the recipe")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
@@ -446,6 +447,7 @@ def main() -> None:
         small = {"train": 32, "test": 16}
         recipe |= {"seeds": recipe["seeds"][:2], "grid": [0.99], "calibration_rows": 4, "rehearsed_steps": 2}
         recipe["tasks"] = {name: {**task, **small} for name, task in list(recipe["tasks"].items())[-2:]}
+        given.out = Path("runs/sparselora_quality") if given.out == JOURNALS else given.out
         given.out, given.page, command = given.out / "quick", given.out / "quick" / "page.md", f"{command} --quick"
     recipe["tasks"] = available(recipe["tasks"])
     known = given.out / "recipe.json"
