@@ -66,7 +66,7 @@ def test_losses_that_are_gains_buy_nothing():
     healing = options(losses, prefill, ("b2b",))[1]
     assert [(option.treatment, option.loss, option.healing) for option in healing][:2] == [
         ("dropped", 0.3, None),
-        ("dropped", pytest.approx(0.12), "b2b"),
+        ("dropped", pytest.approx(0.075), "b2b"),
     ]
 
 
