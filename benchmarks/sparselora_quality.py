@@ -38,7 +38,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elision import data, files
-from elision.demo import paper_plan
 from elision.evaluate import Interval, evaluating
 from elision.loading import load_model
 from elision.sparselora import Factors, SparsityPlan, calibrate, flops, lossless, sparsify
@@ -228,7 +227,7 @@ def run(job: tuple[Path, dict[str, Any], str, str, int]) -> str:
     steps = max(1, round(how.get("steps", 1.0) * -(-task["train"] // recipe["batch"])))
     plan, factors = None, None
     if "layers" in how:
-        plan = replace(paper_plan(model, recipe["selection"], seed), dense_steps=recipe["dense_steps"])
+        plan = SparsityPlan.default(model, selection=recipe["selection"], dense_steps=recipe["dense_steps"], seed=seed)
     if "flops" in how or "uniform" in how:
         kind = f"{how['flops']:g}" if "flops" in how else f"uniform-{how['uniform']:g}"
         plan = replace(SparsityPlan.load(out / "plans" / f"{name}-{kind}.json"), calibration=None, seed=seed)
@@ -437,6 +436,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=JOURNALS, help="directory of plans and results")
     parser.add_argument("--processes", type=int, default=1, help="of one thread each")
     parser.add_argument("--tiers", default="1,2,3", help="which variants, by their tier in the recipe")
+    parser.add_argument("--variants", nargs="*", help="of these tiers, those named; by default all")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--page", type=Path, default=PAGE, help="where the page goes")
     parser.add_argument("--quick", action="store_true", help="two seeds, two steps, to see that all of it runs")
@@ -464,7 +464,9 @@ def main() -> None:
                 for seed in recipe["seeds"]
                 for variant, how in recipe["variants"].items()
                 for task in recipe["tasks"]
-                if how["tier"] == tier and not (given.out / "runs" / task / f"{slug(variant)}-{seed}.json").exists()
+                if how["tier"] == tier
+                and (given.variants is None or variant in given.variants)
+                and not (given.out / "runs" / task / f"{slug(variant)}-{seed}.json").exists()
             ]
             for number, line in enumerate(pool.imap_unordered(run, jobs), 1):
                 gone = (time.perf_counter() - started) / 60

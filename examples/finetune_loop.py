@@ -24,7 +24,7 @@ def main(out: Path, steps: int = 60, batch: int = 8) -> None:
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
 
     model.train()  # in eval mode, as `from_pretrained` leaves a model, every forward is dense
-    with sparsify(model, SparsityPlan.uniform(model, 0.75)) as sparse:
+    with sparsify(model, SparsityPlan.default(model)) as sparse:
         for step in range(steps):
             sparse.step(step / steps)
             loss = model(**data.collate(rows[step * batch : (step + 1) * batch], tokenizer.pad_token_id)).loss

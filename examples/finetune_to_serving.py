@@ -22,7 +22,7 @@ def main(out: Path, steps: int = 60, batch: int = 8, ranks: int = 2, rows: int =
 
     settings = Settings(steps, batch, learning_rate=2e-3, rank=16)
     model = add_adapter(model, settings)
-    train(model, tokenizer, problems, SparsityPlan.uniform(model, 0.75), out / "adapter", settings)
+    train(model, tokenizer, problems, SparsityPlan.default(model), out / "adapter", settings)
     merged = model.merge_and_unload().eval()
 
     # Calibration is on text like that which will be served. Half of the blocks lose the sync after their attention,

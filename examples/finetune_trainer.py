@@ -35,7 +35,7 @@ def main(out: Path, steps: int = 60, batch: int = 8) -> None:
         report_to=[],
     )
 
-    plan = SparsityPlan.uniform(model, 0.75)  # a plan for everyone; `elision sparselora calibrate` makes yours
+    plan = SparsityPlan.default(model)  # a plan for everyone; `elision sparselora calibrate` makes yours
     with sparsify(model, plan) as sparse:  # the first line
         Trainer(
             model,

@@ -41,7 +41,7 @@ def main(out: Path, steps: int = 60, batch: int = 2) -> None:
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
     )
 
-    with sparsify(trainer.model, SparsityPlan.uniform(trainer.model, 0.75)) as sparse:
+    with sparsify(trainer.model, SparsityPlan.default(trainer.model)) as sparse:
         trainer.add_callback(sparse.schedule)
         trainer.train()
         print(sparse.summary())

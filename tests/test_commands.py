@@ -180,8 +180,8 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
         return [*score, "--adapter", folder], "holds no adapter_config.json"
     if kind == "sparsity":
         return [*train, "--data", answers, "--sparsity", 1.0], "sparsity 1.0 of layer 0 is not in [0, 1)"
-    if kind == "no plan":
-        return [*train, "--data", answers], "give either --plan or --sparsity"
+    if kind == "plan and sparsity":
+        return [*train, "--data", answers, "--plan", plan, "--sparsity", 0.5], "--plan and --sparsity are both given"
     if kind == "missing plan":
         return [*train, "--data", answers, "--plan", plan], "plan.json is not a file"
     if kind == "sparsity plan of another model":

@@ -148,6 +148,7 @@ def _finetune_all(kept: runs.Run, out: Path, seed: int) -> dict[str, Any]:
 def _finetune(out: Path, name: str, slug: str, seed: int) -> dict[str, Any]:
     """Train one variant, saving an ordinary PEFT adapter; returns losses, cost and time."""
     from elision import data, evaluate, reference_model
+    from elision.sparselora import SparsityPlan
     from elision.sparselora.train import Settings, add_adapter, train
 
     console.print(f"\n[bold]{name}[/bold]")
@@ -155,7 +156,8 @@ def _finetune(out: Path, name: str, slug: str, seed: int) -> dict[str, Any]:
     steps = TRAIN_PROBLEMS // BATCH
     settings = Settings(steps, BATCH, LEARNING_RATE, checkpoints=CHECKPOINTS, seed=seed)
     model = add_adapter(base, settings)
-    plan = paper_plan(model, VARIANTS[name], seed)
+    selection: Any = VARIANTS[name]
+    plan = None if selection is None else SparsityPlan.default(model, selection=selection, seed=seed)
     journal = _Journal(model, plan, out / "journals" / f"train-{slug}.jsonl")
     examples = data.problems((FAMILY,), "train", TRAIN_PROBLEMS, seed)
     log = train(model, tokenizer, examples, plan, out / "adapters" / slug, settings, callbacks=[journal.callback()])
@@ -169,23 +171,6 @@ def _finetune(out: Path, name: str, slug: str, seed: int) -> dict[str, Any]:
         "seconds": statistics.median(row["seconds"] for row in rows) * steps,
         "plan": None if plan is None else {"ffn": plan.ffn, "qk": plan.qk, "vo": plan.vo},
     }
-
-
-def paper_plan(model: Any, selection: Any, seed: int) -> Any:
-    """The paper's Math10K plan for LLaMA3-8B, its layers scaled from 32 to this model's; None for plain LoRA."""
-    from elision.sparselora import ModelFacts, SparsityPlan
-
-    if selection is None:
-        return None
-    facts = ModelFacts.of(model)
-    layers = facts.layers
-
-    def share(first: int, last: int, sparsity: float) -> tuple[float, ...]:
-        chosen = range(round(first / 32 * layers), min(layers - 1, round((last + 1) / 32 * layers)))
-        return tuple(sparsity if layer in chosen else 0.0 for layer in range(layers))
-
-    attention = share(14, 29, 0.75)
-    return SparsityPlan(facts, share(3, 30, 0.99), attention, attention, selection=selection, seed=seed)
 
 
 class _Journal:

@@ -41,6 +41,21 @@ def test_numbers_become_floats_and_lists_tuples() -> None:
     assert hash(plan) == hash(replace(plan, dense_steps=0.0))
 
 
+@pytest.mark.parametrize("layers", [2, 12, 32])
+def test_the_default_is_the_papers_shape_at_any_depth(layers: int) -> None:
+    plan = SparsityPlan.default(tiny.base(num_hidden_layers=layers), selection="svd")
+    assert plan.selection == "svd" and plan.qk == plan.vo
+    if layers == 32:
+        paper = SparsityPlan.preset("llama3-8b/math10k")
+        assert plan.ffn == paper.ffn
+        assert [i for i in range(32) if plan.qk[i] != paper.qk[i]] == [20, 24]  # left out for that model alone
+    else:
+        assert plan.ffn == {2: (0.99, 0.0), 12: (0.0,) + (0.99,) * 10 + (0.0,)}[layers]
+        assert plan.qk == {2: (0.0, 0.0), 12: (0.0,) * 5 + (0.75,) * 6 + (0.0,)}[layers]
+    with pytest.raises(InputError, match="rank 0 is not a whole number"):
+        SparsityPlan.default(tiny.base(), rank=0)
+
+
 def test_uniform_knows_the_model() -> None:
     model = tiny.base("qwen3")
     plan = SparsityPlan.uniform(model, 0.75, parts=("ffn", "vo"), layers=[1], rank=4, rotary_pairs=True)

@@ -51,6 +51,8 @@ def test_calibrate_then_train_by_the_plan(model: Path, tmp_path: Path) -> None:
     run("calibrate", model, "--data", data, "--out", bare, *budget, "--rehearse", 0)
     run("calibrate", model, "--data", data, "--out", streamed, *budget, "--stream")
     assert streamed.read_bytes() == bare.read_bytes() != out.read_bytes()
+    code, _, error = run("train", model, "--data", data, "--out", tmp_path / "paper", "--epochs", 4)
+    assert code == 0 and "SparseLoRA, sampled selection: ffn 99% in 0; qk dense; vo dense; " in error
     code, said, _ = run("train", model, "--data", data, "--out", tmp_path / "adapter", "--plan", out, "--epochs", 4)
     assert code == 0 and "expect at most 1." in said
     again = tmp_path / "again.json"
@@ -153,7 +155,7 @@ def test_training_reports_through_trainers_integrations(
         (("calibrate", "--rehearse", 4, "--stream"), "--stream goes without --adapter, --rehearse and --time"),
         (("calibrate", "--learning-rate", 30), "learning_rate 30.0 is not between 0 and 1"),
         (("calibrate", "--selection", "magic"), "selection 'magic' is not known"),
-        (("bench",), "give either --plan or --sparsity"),
+        (("bench", "--plan", "plan.json", "--sparsity", 0.5), "--plan and --sparsity are both given"),
         (("bench", "--plan", "llama3-8b/math10k"), "this model has layers 2"),
         (("bench", "--plan", "absent.json"), "absent.json is not a file"),
         (("bench", "--plan", "llama3-8b/math10k", "--mode", "o1"), "--mode o1 goes with --plan DIRECTORY"),

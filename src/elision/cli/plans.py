@@ -163,12 +163,13 @@ def bench(
 ) -> None:
     """Time real fine-tuning steps on your data: LoRA, LoRA without what is lossless to leave out, and the plan.
 
-    Beside each speedup stands what the counted operations alone would allow.
-    `elision report` draws what --json prints.
+    Without --plan it is the paper's, scaled to the model. Beside each speedup
+    stands what the counted operations alone would allow. `elision report` draws
+    what --json prints.
 
     \b
     Example:
-      elision sparselora bench reference --data pairs.jsonl --sparsity 0.75
+      elision sparselora bench reference --data pairs.jsonl
     """
     from rich.table import Table
 
@@ -177,12 +178,13 @@ def bench(
     from elision.sparselora.stopwatch import measure
     from elision.sparselora.train import Settings, add_adapter
 
-    if (plan is None) == (sparsity is None):
-        raise InputError("give either --plan or --sparsity: one of them says what to leave out")
+    if plan is not None and sparsity is not None:
+        raise InputError("--plan and --sparsity are both given: one of them says what to leave out")
     known = plan_of(plan, mode)
     loaded, batches, _ = _load(model, data, rows, batch, max_length, dtype)
     wanted, factors = known(loaded)
-    wanted = wanted or SparsityPlan.uniform(loaded, sparsity or 0.0)
+    if wanted is None:
+        wanted = SparsityPlan.default(loaded) if sparsity is None else SparsityPlan.uniform(loaded, sparsity)
     loaded = add_adapter(loaded, Settings(steps=1))
     told = forecast(loaded, batches, wanted)
     with run_directory(ctx, run) as kept:

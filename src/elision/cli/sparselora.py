@@ -62,11 +62,12 @@ def train(
 
     Tells the expected speedup before the first step. --dry-run times one step
     and says how long all of them would take, in how much memory. A killed run
-    goes on when the same command is run again.
+    goes on when the same command is run again. Without --plan it follows the
+    paper's, scaled to the model; `calibrate` makes one for your model and data.
 
     \b
     Examples:
-      elision sparselora train reference --data pairs.jsonl --sparsity 0.75 --out adapter
+      elision sparselora train reference --data pairs.jsonl --out adapter
       elision sparselora train ./model --data pairs.jsonl --plan plan.json --out adapter
       elision sparselora train ./model --data pairs.jsonl --plan ./predictor --mode o2 --out adapter
       elision sparselora train ./model --data pairs.jsonl --sparsity 0 --out lora
@@ -76,8 +77,8 @@ def train(
     from elision.sparselora import SparsityPlan, forecast
     from elision.sparselora import train as training
 
-    if (plan is None) == (sparsity is None):
-        raise InputError("give either --plan or --sparsity: one of them says what to leave out")
+    if plan is not None and sparsity is not None:
+        raise InputError("--plan and --sparsity are both given: one of them says what to leave out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not empty: give a new directory")
     training.reporters(report_to or ())
@@ -93,8 +94,8 @@ def train(
         seed=seed,
     )
     wanted, factors = known(loaded)
-    if wanted is None and sparsity:
-        wanted = SparsityPlan.uniform(loaded, sparsity)
+    if wanted is None and sparsity != 0:
+        wanted = SparsityPlan.default(loaded) if sparsity is None else SparsityPlan.uniform(loaded, sparsity)
     adapted = training.add_adapter(loaded, settings)
     rows = encode(tokenizer, examples[:: max(1, len(examples) // 64)], max_length)
     sample = [collate(rows[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(rows), batch)]
@@ -122,7 +123,7 @@ def train(
         losses = [[row["step"], row["loss"]] for row in log]
         found = {"name": "LoRA" if told is None else "SparseLoRA", "losses": losses}
         found |= {} if told is None else {"flops_ratio": told.flops["full"]}
-        name = "one sparsity" if plan is None else Path(plan).stem
+        name = Path(plan).stem if plan is not None else "default" if sparsity is None else "one sparsity"
         shown = {} if wanted is None else sources.of_plan(wanted.to_dict(), name)
         kept.finish({} if told is None else {"forecast": told.line()}, training=[found], **shown)
     values = {"adapter": str(out), "steps": settings.steps, "loss": log[-1]["loss"] if log else None}

@@ -151,6 +151,26 @@ class SparsityPlan:
             raise InputError(f"calibration {self.calibration!r} is not a Calibration: leave it out, or calibrate")
 
     @classmethod
+    def default(cls, model: nn.Module, **settings: Any) -> Self:
+        """A plan for whoever has not calibrated: the paper's for LLaMA3-8B on Math10K, scaled to the depth of `model`.
+
+        FFN 99% from a tenth of the depth on, attention 75% in the deeper half, the last layer dense. `settings` are the
+        other fields of a plan (selection, rank, dense_steps, ...).
+
+        Raises:
+            InputError: what the constructor refuses.
+        """
+        facts = ModelFacts.of(model)
+
+        def share(first: int, last: int, sparsity: float) -> tuple[float, ...]:
+            of = facts.layers / 32
+            chosen = range(round(first * of), min(facts.layers - 1, round((last + 1) * of)))
+            return tuple(sparsity if layer in chosen else 0.0 for layer in range(facts.layers))
+
+        attention = share(14, 29, 0.75)
+        return cls(facts, share(3, 30, 0.99), attention, attention, **settings)
+
+    @classmethod
     def uniform(
         cls,
         model: nn.Module,
@@ -161,6 +181,9 @@ class SparsityPlan:
         **settings: Any,
     ) -> Self:
         """The same `sparsity` in the given parts of the given layers of `model`; None: of every layer.
+
+        Of every layer it costs more than `default` and calibrated plans do that save as much
+        (docs/results/sparselora_quality.md).
 
         `settings` are the other fields of a plan (selection, rank, dense_steps, ...).
 
