@@ -217,7 +217,7 @@ RECIPES: dict[str, tuple[list[object], str]] = {  # every option of a recipe, ea
 KINDS = (
     "missing text, empty text, too little text, ranks, limit, two limits, tiers, no probe, half a link, "
     "a plan to heal for another model, a plan without drops, truncated weights, plan of another model, "
-    "broken plan, no adapter, sparsity, no plan, missing plan, sparsity plan of another model, no answers, "
+    "broken plan, no adapter, sparsity, plan and sparsity, missing plan, sparsity plan of another model, no answers, "
     "every label -100, unknown family, recovered"
 ).split(", ")
 
