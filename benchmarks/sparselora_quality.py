@@ -374,23 +374,29 @@ def page(results: dict[str, dict[str, dict[int, Any]]], recipe: Mapping[str, Any
 
 
 def verdict(results: dict[str, dict[str, dict[int, Any]]]) -> list[str]:
-    """What the numbers allow to be said, and no more."""
-    lines, told_apart = [], {"random channels": [], "no context FFN": []}
+    """What the numbers allow to be said, and no more: of problems solved, then of the loss, where lower is better."""
+    lines = []
+    told_apart: dict[str, dict[str, list[str]]] = {
+        control: {"problems solved": [], "loss": []} for control in ("random channels", "no context FFN")
+    }
     for task, variants in results.items():
         if (found := difference(variants["46%"], variants["LoRA"])) is not None:
             held = "above" if found[0].low > -0.01 else "not above"
             lines.append(f"- {task}: 46% minus LoRA {points(found[0])} points; the lower bound is {held} -1 point.")
-        for control, tasks in told_apart.items():
+        for control, by in told_apart.items():
             for plan in ("46%", "46%, uniform"):
                 against = difference(variants[plan], variants[f"{plan}, {control}"])
-                if against is not None and against[0].low > 0:
-                    tasks.append(f"{task} ({'calibrated' if plan == '46%' else 'uniform'} plan)")
-    for control, tasks in told_apart.items():
-        lines.append(
-            f"- Better than the control {control!r}, interval above 0, on: {', '.join(tasks)}."
-            if tasks
-            else f"- This scale does not tell SparseLoRA from the control {control!r}: nothing is claimed there."
-        )
+                name = f"{task} ({'calibrated' if plan == '46%' else 'uniform'} plan)"
+                by["problems solved"] += [name] if against is not None and against[0].low > 0 else []
+                by["loss"] += [name] if against is not None and against[1].high < 0 else []
+    for control, by in told_apart.items():
+        for measure, tasks in by.items():
+            lines.append(
+                f"- Better than the control {control!r} by {measure}, interval clear of 0, on: {', '.join(tasks)}."
+                if tasks
+                else f"- By {measure}, this scale does not tell SparseLoRA from the control {control!r}: nothing is "
+                "claimed there."
+            )
     return lines
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -118,8 +119,6 @@ def _key(
 
 def _recalled(trained: Mapping[str, nn.Parameter], state: str | Path | None, key: str) -> bool:
     """Whether `state` has what these very steps learned; then it is in place."""
-    from safetensors import SafetensorError, safe_open
-
     if state is None or not Path(state).exists():
         return False
     try:
