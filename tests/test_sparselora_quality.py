@@ -47,6 +47,17 @@ def test_what_is_lost_is_drawn_against_what_is_left_out(tmp_path: Path) -> None:
     assert '<figure id="plot-tradeoff-1"' in page and "(control)" in page
 
 
+def test_where_lora_solves_nothing_no_bar_counts_as_held() -> None:
+    (said, *_) = benchmark.verdict(results())
+    assert said.startswith("- bus: 46% minus LoRA -10.0") and "not above -1 point" in said
+    found = results()
+    for seeds in found["bus"].values():
+        for result in seeds.values():
+            result["solved"] = [0] * 10
+    (said, *_) = benchmark.verdict(found)
+    assert "too few for points to say anything" in said and "above" not in said
+
+
 def test_controls_are_known_by_what_they_take_away() -> None:
     kinds = {name: benchmark.kind_of(name, RECIPE) for name in RECIPE["variants"]}
     assert [name for name, kind in kinds.items() if kind == "chosen"] == ["46%"]
