@@ -9,7 +9,7 @@ import random
 import pytest
 
 from elision.errors import InputError
-from elision.sparselora.allotment import Point, allot, hull, isotonic, segments
+from elision.sparselora.allotment import Allotment, Point, Walk, allot, hull, isotonic, segments
 
 GRID = (0.5, 0.75, 0.9, 0.99)
 
@@ -112,3 +112,88 @@ def test_segments_are_convex_and_sorted() -> None:
     assert slopes == sorted(slopes)
     with pytest.raises(InputError, match=r"savings \[1, 1\] of item 0 do not grow"):
         segments([[Point(0.5, 1, 0.0), Point(0.9, 1, 0.0)]])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_way_walked_in_two_is_the_same_way(seed: int) -> None:
+    rng = random.Random(seed)
+    curves = [curve([dear * s**2 for s in GRID]) for dear in (rng.random() for _ in range(4))]
+    for first in (0.5, 1.3, 2.2):
+        start = allot(curves, saving=first, whole=True)
+        assert start.saving >= first and set(start.sparsities) <= {0.0, *GRID}
+        for then in (2.5, 3.1, math.inf):
+            if then > start.saving:
+                there, straight = allot(curves, saving=then, start=start), allot(curves, saving=then)
+                assert there.sparsities == pytest.approx(straight.sparsities)
+                assert there.increase == pytest.approx(straight.increase)
+    assert allot(curves, increase=0.2, start=allot(curves, increase=0.1)).increase == pytest.approx(0.2)
+
+
+class Company:
+    """Losses that do not add up: those of items in `pairs` come only with both of a pair left out."""
+
+    def __init__(self, alone: list[float], pairs: dict[tuple[int, int], float]) -> None:
+        self.alone, self.pairs, self.asked = alone, pairs, 0
+
+    def loss(self, sparsities: list[float]) -> float:
+        singles = sum(a * s**2 for a, s in zip(self.alone, sparsities, strict=True))
+        return singles + sum(k * sparsities[i] * sparsities[j] for (i, j), k in self.pairs.items())
+
+    def curves(self, taken: Allotment) -> list[list[Point]]:
+        self.asked += 1
+        found = []
+        for item, point in enumerate(taken.points):
+            here = list(taken.sparsities)
+            now = self.loss(here)
+            found.append([])
+            for s in GRID:
+                if s > point.sparsity:
+                    more = self.loss([*here[:item], s, *here[item + 1 :]]) - now
+                    found[item].append(Point(s, s, point.increase + more))
+        return found
+
+    def walk(self, ends: tuple[float, ...]) -> Walk:
+        walk = Walk(self.curves(Allotment.nothing(len(self.alone))), self.curves, ends)
+        self.asked = 0
+        return walk
+
+
+def test_what_another_makes_good_is_not_left_out_with_it() -> None:
+    company = Company([0.0, 0.0, 0.3, 0.3], {(0, 1): 10.0})
+    blind = company.walk(()).at(2.0)
+    seeing = company.walk((0.2,)).at(2.0)
+    assert min(blind.sparsities[:2]) > 0.9 and company.loss(list(blind.sparsities)) > 9
+    assert min(seeing.sparsities[:2]) == 0.0 and company.loss(list(seeing.sparsities)) < 0.5
+    assert seeing.increase == pytest.approx(company.loss(list(seeing.sparsities)), abs=0.02)  # off by the chord alone
+    assert blind.increase < 0.1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_on_a_walk_too_more_budget_never_takes_anything_back(seed: int) -> None:
+    rng = random.Random(seed)
+    company = Company(
+        [rng.random() for _ in range(5)],
+        {(i, j): rng.uniform(-0.5, 1.0) for i, j in itertools.combinations(range(5), 2)},
+    )
+    walk = company.walk((0.3, 0.6, 0.9))
+    savings = [i / 20 * 5 for i in range(22)]
+    found = [walk.at(saving) for saving in savings]
+    for saving, one in zip(savings, found, strict=True):
+        assert one.saving == pytest.approx(min(saving, 5 * 0.99))
+        assert sum(s not in (0.0, *GRID) for s in one.sparsities) <= 1
+    for one, other in itertools.pairwise(found):
+        assert all(a <= b + 1e-12 for a, b in zip(one.sparsities, other.sparsities, strict=True))
+    assert company.asked == 3
+    rng.shuffle(savings)  # nor does it matter what was asked before
+    again = company.walk((0.3, 0.6, 0.9))
+    assert {saving: again.at(saving) for saving in savings} == dict(zip(sorted(savings), found, strict=True))
+
+
+def test_only_the_legs_that_a_budget_walks_are_measured() -> None:
+    company = Company([1.0] * 4, {})
+    walk = company.walk((0.25, 0.5))
+    asked = []
+    for saving in (0.0, 0.9, 1.2, 1.9, 2.5, 4.0, 0.5):
+        walk.at(saving)
+        asked.append(company.asked)
+    assert asked == sorted(asked) and asked[0] == 0 and asked[-1] == 2 and 1 in asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from elision import blocks, streaming
 from elision.errors import InputError
 from elision.evaluate import loss
-from elision.sparselora import SparsityPlan, calibrate, sparsify, stopwatch, sweep
+from elision.sparselora import SparsityPlan, allotment, calibrate, calibration, sparsify, stopwatch, sweep
 from elision.sparselora.forecasts import forecast
 from elision.sparselora.plan import PARTS
 from tests.sparselora import tiny
@@ -115,6 +116,36 @@ def test_a_budget_of_operations_is_met_and_monotone() -> None:
     assert forecast(model, data(), with_dense_steps).flops["full"] == pytest.approx(0.95, abs=0.03)
 
 
+def test_what_is_left_is_measured_in_the_company_of_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = tiny.lora("llama", num_hidden_layers=3), data(1)
+    legs: list[tuple[allotment.Allotment, Any]] = []
+
+    class Seen(allotment.Walk):
+        def __init__(self, curves: Any, again: Any, ends: Any) -> None:
+            super().__init__(curves, lambda taken: legs.append((taken, again(taken))) or legs[-1][1], ends)
+
+    monkeypatch.setattr(calibration, "Walk", Seen)
+    monkeypatch.setattr(calibration, "LEGS", (0.2,))
+    with tiny.InDouble():
+        plan = quick(model, batches, flops=0.86)
+    ((taken, curves),) = legs
+    assert plan.calibration is not None and sum(map(len, curves)) > 4
+
+    def loss_with(item: int, sparsity: float) -> float:
+        values = [*taken.sparsities[:item], sparsity, *taken.sparsities[item + 1 :]]  # layer by layer
+        parts = {part: tuple(values[number::3]) for number, part in enumerate(PARTS)}
+        with sparsify(model, replace(plan, **parts), path="reference"), torch.no_grad(), tiny.InDouble():
+            return tiny.loss_of(model, **batches[0]).item()
+
+    assert max(taken.sparsities) > 0 and set(taken.sparsities) <= {0.0, *GRID}
+    now = loss_with(0, taken.sparsities[0])
+    for item, (before, curve) in enumerate(zip(taken.points, curves, strict=True)):
+        assert all(point.saving > before.saving for point in curve)
+        for point in curve:
+            grown = loss_with(item, point.sparsity) - now
+            assert point.increase - before.increase == pytest.approx(grown, rel=1e-9, abs=1e-12)
+
+
 def test_a_loss_limit_holds_for_all_parts_together() -> None:
     model, limit = tiny.lora("llama"), 0.02
     plan = quick(model, max_loss=limit)
@@ -163,8 +194,9 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pyte
         states.append(state.read_text())
 
     monkeypatch.setattr(sweep.Journal, "save", keep)
+    monkeypatch.setattr(calibration, "LEGS", (0.1,))
     whole = quick(model, flops=0.9, state=state).save(tmp_path / "whole.json").read_bytes()
-    assert len(states) == 4  # two batches of the curves, two of the plan
+    assert len(states) == 6  # two batches of the curves, two in company, two of the plan
     measured: list[int] = []
     forward = sweep._batch_losses
     monkeypatch.setattr(sweep, "_batch_losses", lambda *a: (measured.append(1), forward(*a))[1])
@@ -172,7 +204,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pyte
         state.write_text(text)
         measured.clear()
         assert quick(model, flops=0.9, state=state).save(tmp_path / "again.json").read_bytes() == whole
-        assert len(measured) == 4 - done
+        assert len(measured) == 6 - done
     state.write_text('{"version": 1}')
     with pytest.raises(InputError, match=r"state.json was not written by a calibration"):
         quick(model, flops=0.9, state=state)

@@ -54,7 +54,7 @@ def sparsity_calibration(
     model: Any, batches: Sequence[Batch], share: float | None, settings: Mapping[str, Any], lessons: Sequence[Batch]
 ) -> dict[str, Any]:
     """Of `elision sparselora calibrate`: a dense walk of one batch, one with the last layer's parts sparse, and a step
-    of those that are rehearsed.
+    of those that are rehearsed. How many legs a budget of loss will walk is not known before: all are counted.
     """
     from elision.sparselora import SparsityPlan, calibration, forecast, sweep
     from elision.sparselora.plan import PARTS
@@ -73,16 +73,19 @@ def sparsity_calibration(
     dense = _timed(walk(0))
     sparse = max(0.0, _timed(walk(variants)) - dense) / variants  # a pass through one block, and the head
     passes = layers * (1 + variants * (layers - 1) / 2)  # of dense blocks: each stream is sparse in one block alone
-    seconds = (dense / layers * passes + sparse * variants * layers) * _ratio(data)
+    told = forecast(model, data, most)
+    can = 1 - told.flops["full"]
+    legs = sum(share is None or 1 - share > end * can for end in calibration.LEGS)
+    whole = 1 + legs / 2  # a leg has about half the points of the first walk left to measure
+    seconds = whole * (dense / layers * passes + sparse * variants * layers) * _ratio(data)
     if lessons:
         seconds += len(lessons) * step_seconds(model, lessons[:1], {"LoRA": None}, turns=1)["LoRA"]
     ids = data[0]["input_ids"]
     stream = ids.numel() * model.config.hidden_size * next(model.parameters()).element_size()
-    told = forecast(model, data, most)
     found: dict[str, Any] = {
         "rehearsed_steps": len(lessons),
         "batches": len(data),
-        "forward_passes_a_batch": round(passes / layers + variants),
+        "forward_passes_a_batch": round(whole * (passes / layers + variants)),
     }
     found |= _costs(seconds, (1 + variants * layers) * stream)
     found["gain"] = (

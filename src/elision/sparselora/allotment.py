@@ -14,13 +14,17 @@ chord, since any sparsity can be had. So the budget is met and not overshot by a
 never shrinks when the budget grows tighter, and no other allotment on the hulls has a smaller sum.
 
 Where two slopes are equal (several parts cost nothing), the later item goes first: deeper layers tolerate more.
+
+Increases do not truly add up: what one layer leaves out another may have made good. So a long way is walked in legs
+(Walk): at the end of each, the curves of what is left are measured again in the company of all that is already taken.
+Legs end where they end whatever the budget, so the allotments of all budgets still lie on one path.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from elision.errors import InputError
@@ -64,6 +68,11 @@ class Allotment:
 
     points: tuple[Point, ...]
 
+    @classmethod
+    def nothing(cls, items: int) -> Allotment:
+        """Everything dense."""
+        return cls((Point(0.0, 0.0, 0.0),) * items)
+
     @property
     def sparsities(self) -> tuple[float, ...]:
         return tuple(point.sparsity for point in self.points)
@@ -98,43 +107,88 @@ def hull(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def segments(curves: Sequence[Sequence[Point]]) -> list[Segment]:
-    """Pieces of all items' convex curves in the order in which a budget takes them.
+def segments(curves: Sequence[Sequence[Point]], start: Allotment | None = None) -> list[Segment]:
+    """Pieces of all items' convex curves, from `start` on, in the order in which a budget takes them.
 
     Args:
-        curves: for each item, points of growing sparsity and saving, increases as measured; (0, 0, 0) is added.
+        curves: for each item, points of growing sparsity and saving, increases as measured.
+        start: where the items are; all dense, (0, 0, 0), by default. Points that save no more than it are left out.
 
     Raises:
         InputError: savings of an item that do not grow.
     """
+    start = start or Allotment.nothing(len(curves))
     found = []
-    for item, curve in enumerate(curves):
+    for item, (curve, first) in enumerate(zip(curves, start.points, strict=True)):
         savings = [0.0, *(point.saving for point in curve)]
         if any(b <= a for a, b in itertools.pairwise(savings)):
             raise InputError(f"savings {savings[1:]} of item {item} do not grow: give each sparsity once, ascending")
-        raised = isotonic([point.increase for point in curve])
-        points = [Point(p.sparsity, p.saving, i) for p, i in zip(curve, raised, strict=True)]
-        vertices = hull([Point(0.0, 0.0, 0.0), *points])
-        found += [Segment(item, a, b) for a, b in itertools.pairwise(vertices)]
+        rest = [point for point in curve if point.saving > first.saving]
+        raised = isotonic([point.increase - first.increase for point in rest])
+        points = [Point(p.sparsity, p.saving, first.increase + more) for p, more in zip(rest, raised, strict=True)]
+        found += [Segment(item, a, b) for a, b in itertools.pairwise(hull([first, *points]))]
     return sorted(found, key=lambda segment: (segment.slope, -segment.item, segment.start.saving))
 
 
-def allot(curves: Sequence[Sequence[Point]], *, saving: float = math.inf, increase: float = math.inf) -> Allotment:
+def allot(
+    curves: Sequence[Sequence[Point]],
+    *,
+    saving: float = math.inf,
+    increase: float = math.inf,
+    start: Allotment | None = None,
+    whole: bool = False,
+) -> Allotment:
     """The least loss that saves `saving`, or the most saving that adds `increase` of loss at most; both: the first met.
 
-    With neither, everything is taken. A `saving` that all items together do not reach takes everything.
+    With neither, everything is taken. A `saving` that all items together do not reach takes everything. From `start`
+    on, where one is given, whose saving and increase count. If `whole`, the last step is not cut short: every item
+    stops at a point that was measured, and the budget is overshot by less than one step.
     """
-    taken = [Point(0.0, 0.0, 0.0)] * len(curves)
-    saved = added = 0.0
-    for segment in segments(curves):
+    taken = list((start or Allotment.nothing(len(curves))).points)
+    saved, added = (start.saving, start.increase) if start else (0.0, 0.0)
+    for segment in segments(curves, start):
         more, worse = segment.end.saving - segment.start.saving, segment.end.increase - segment.start.increase
         share = min(1.0, (saving - saved) / more, (increase - added) / worse if worse > 0 else 1.0)
         if share > 0:
-            taken[segment.item] = segment.end if share == 1 else segment.at(share)
+            taken[segment.item] = segment.end if share == 1 or whole else segment.at(share)
         if share < 1:
             break
         saved, added = saved + more, added + worse
     return Allotment(tuple(taken))
+
+
+class Walk:
+    """Allotments of all budgets, each within those that save more, with curves measured again at the end of each leg.
+
+    Args:
+        curves: for each item, measured with everything else dense.
+        again: given an allotment at measured points, the curves in its company: for each item the points that save
+            more, `increase` that of the item's point plus what the loss grows by from there.
+        ends: of the legs, as shares of the most that can be saved, ascending.
+    """
+
+    def __init__(
+        self,
+        curves: Sequence[Sequence[Point]],
+        again: Callable[[Allotment], Sequence[Sequence[Point]]],
+        ends: Sequence[float],
+    ) -> None:
+        self._again, self._ends = again, ends
+        self._most = math.fsum(curve[-1].saving for curve in curves if curve)
+        self._legs = [(Allotment.nothing(len(curves)), curves)]
+
+    def at(self, saving: float) -> Allotment:
+        """The allotment that saves `saving`, or everything where that is less. Measures the legs up to there."""
+        for number, end in enumerate(self._ends):
+            start, curves = self._legs[number]
+            stop = allot(curves, saving=end * self._most, start=start, whole=True)
+            if saving <= stop.saving:
+                break
+            if number + 1 == len(self._legs):
+                self._legs.append((stop, self._again(stop)))
+        else:
+            start, curves = self._legs[-1]
+        return allot(curves, saving=saving, start=start)
 
 
 def _below(a: Point, b: Point, c: Point) -> bool:

@@ -8,8 +8,10 @@ Three budgets: `flops`, the share of dense LoRA's operations that the run may co
 the like share of its time; `max_loss`, how much the perplexity of the answers may grow. Nothing else shapes the plan:
 first and last layers stay dense if their curves say so.
 
-Curves are of single parts and their increases are taken to add up. That is checked: the plan's loss is measured with
-all parts sparse together, and for `max_loss` that measured figure is held to the limit, not the sum.
+The curves are of single parts, all else dense, and what they add to the loss does not simply add up: what one layer
+leaves out another may have made good. So the way to a tight budget is walked in legs (LEGS), and at the end of each the
+curves of what is left are measured again, in the company of all that is already left out. The plan's loss is measured
+with all parts sparse together, and for `max_loss` that figure is held to the limit, not the sum.
 
 The loss is that of a model that has begun to learn the data: `rehearse` trains its adapter for some dense steps first,
 and takes them back. Without, it is that of the model as it is given; the bare base works too, but what learning will
@@ -38,7 +40,7 @@ from elision.facts import ModelFacts
 from elision.layerwise import fingerprint
 from elision.sparselora import flops as counting
 from elision.sparselora import rehearsal, stopwatch, sweep
-from elision.sparselora.allotment import Allotment, Point, allot
+from elision.sparselora.allotment import Allotment, Point, Walk, allot
 from elision.sparselora.factors import Factors, estimated
 from elision.sparselora.flops import Shape, Workload
 from elision.sparselora.forecasts import adapters_or_usual, compare, under, workloads
@@ -46,6 +48,7 @@ from elision.sparselora.plan import PARTS, Calibration, Part, SparsityPlan
 from elision.sparselora.sweep import Batch, Choice, Journal
 
 GRID = (0.5, 0.75, 0.9, 0.99)
+LEGS = (0.4, 0.7, 0.85)  # shares of the most that can be saved, after which curves are measured again
 COUNTED = ("base", "adapters", "attention", "estimator", "head")
 
 _TIGHTENINGS = 6  # measurements of a plan at most, to bring its increase within max_loss
@@ -69,7 +72,8 @@ def calibrate(
 ) -> SparsityPlan:
     """Measure what each layer and part can spare on `batches`, and plan within one budget (METHODS 1.3).
 
-    About layers * 3 * len(grid) / 2 forward passes over the data; a bar says how long that takes.
+    About layers * 3 * len(grid) / 2 forward passes over the data, and up to half as many for each leg that a tight
+    budget walks; a bar says how long that takes.
 
     Args:
         model: a transformers causal LM or a PEFT model around one; left as it was.
@@ -126,14 +130,7 @@ def calibrate(
             (layer, part): tuple(next(rest) - dense for _ in grid) for layer in range(facts.layers) for part in PARTS
         }
         items = list(curves)
-        points = [
-            [
-                Point(sparsity, saving, increase)
-                for sparsity, increase in zip(grid, curves[item], strict=True)
-                if (saving := cost.saving(*item, sparsity)) > 0
-            ]
-            for item in items
-        ]
+        savings = {item: [cost.saving(*item, sparsity) for sparsity in grid] for item in items}
 
         def plan_of(found: Allotment) -> SparsityPlan:
             by_item = {item: cost.sparsity(*item, point) for item, point in zip(items, found.points, strict=True)}
@@ -141,17 +138,41 @@ def calibrate(
                 base, **{part: tuple(by_item[layer, part] for layer in range(facts.layers)) for part in PARTS}
             )
 
-        def increase_of(plan: SparsityPlan) -> float:
-            together: Choice = (*plan.ffn, *plan.qk, *plan.vo)
-            found = sweep.losses(
-                model, data, base, [together], journal, factors=factors, quiet=quiet, title="Measuring the plan"
-            )
-            return found[0] - dense
+        def losses_of(plans: Sequence[SparsityPlan], title: str) -> list[float]:
+            together: list[Choice] = [(*plan.ffn, *plan.qk, *plan.vo) for plan in plans]
+            return sweep.losses(model, data, base, together, journal, factors=factors, quiet=quiet, title=title)
 
+        def increase_of(plan: SparsityPlan) -> float:
+            return losses_of([plan], "Measuring the plan")[0] - dense
+
+        def in_company(taken: Allotment) -> list[list[Point]]:
+            plan = plan_of(taken)
+            left = [
+                [Point(s, saving, 0.0) for s, saving in zip(grid, savings[item], strict=True) if saving > point.saving]
+                for item, point in zip(items, taken.points, strict=True)
+            ]
+            more = [
+                _changed(plan, *item, point.sparsity)
+                for item, curve in zip(items, left, strict=True)
+                for point in curve
+            ]
+            now, *then = losses_of([plan, *more], "Measuring them together")
+            rest = iter(then)
+            return [
+                [replace(point, increase=before.increase + next(rest) - now) for point in curve]
+                for before, curve in zip(taken.points, left, strict=True)
+            ]
+
+        alone = [
+            [Point(*each) for each in zip(grid, savings[item], curves[item], strict=True) if each[1] > 0]
+            for item in items
+        ]
+        walk = Walk(alone, in_company, LEGS)
         if budget == "max_loss":
-            found, plan, increase = _within(points, math.log1p(limit), plan_of, increase_of)
+            hoped = allot(alone, increase=math.log1p(limit)).saving
+            found, plan, increase = _within(math.log1p(limit), hoped, walk, plan_of, increase_of)
         else:
-            found = allot(points, saving=cost.needed(limit))
+            found = walk.at(cost.needed(limit))
             plan = plan_of(found)
             increase = increase_of(plan)
     told = compare(Shape.of(model), works, cost.adapters, plan)
@@ -182,22 +203,29 @@ def calibrate(
     )
 
 
+def _changed(plan: SparsityPlan, layer: int, part: Part, sparsity: float) -> SparsityPlan:
+    """`plan` with that part of that layer at `sparsity`."""
+    own = getattr(plan, part)
+    return replace(plan, **{part: (*own[:layer], sparsity, *own[layer + 1 :])})
+
+
 def _within(
-    points: Sequence[Sequence[Point]],
     limit: float,
+    saving: float,
+    walk: Walk,
     plan_of: Callable[[Allotment], SparsityPlan],
     increase_of: Callable[[SparsityPlan], float],
 ) -> tuple[Allotment, SparsityPlan, float]:
-    """The allotment that saves most, of those tried, with the sum of the curves and the measured increase in `limit`.
+    """The allotment that saves most, of those tried, with a measured increase in `limit`; `saving` is the most tried.
 
-    Where the whole sum is not borne out by the measurement, the saving is halved between one that holds and one that
-    does not: allotments lie on one path, on which each takes in those before it.
+    Where that much is not borne out by the measurement, it is halved between a saving that holds and one that does
+    not: allotments lie on one path, on which each takes in those before it.
     """
-    found = allot(points, increase=limit)
-    low, high, saving = 0.0, found.saving, found.saving
-    best = Allotment((Point(0.0, 0.0, 0.0),) * len(points))
+    low, high = 0.0, saving
+    best = walk.at(0.0)
     held = plan_of(best), 0.0
     for _ in range(_TIGHTENINGS):
+        found = walk.at(saving)
         plan = plan_of(found)
         increase = increase_of(plan)
         if increase <= limit:
@@ -207,7 +235,6 @@ def _within(
         if low == high:
             break
         saving = (low + high) / 2
-        found = allot(points, saving=saving)
     return best, *held
 
 

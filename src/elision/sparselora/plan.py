@@ -51,8 +51,8 @@ class Calibration:
         grid: sparsities that were tried, ascending.
         ffn, qk, vo: by layer and grid, the increase of the loss with that part of that layer alone sparse.
         budget: "flops", "time" or "max_loss", and `limit`, its value.
-        expected_increase: of the loss under the plan, the sum of the curves; `measured_increase` with all parts sparse
-            together. A plan made on a budget is the better, the closer the two are.
+        expected_increase: of the loss under the plan, the sum of what its steps cost by the curves, each measured
+            in the company of the legs before; `measured_increase` with all parts sparse together.
         flops: operations of the whole run over those of dense LoRA, dense first steps included: "full" and with
             attention at its causal "half", each also "without head".
         speedup: expected of a run on such data over dense LoRA, both without what is lossless to leave out.
