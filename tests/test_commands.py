@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -183,7 +184,39 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
     if kind == "plan and sparsity":
         return [*train, "--data", answers, "--plan", plan, "--sparsity", 0.5], "--plan and --sparsity are both given"
     if kind == "missing plan":
-        return [*train, "--data", answers, "--plan", plan], "plan.json is not a file"
+        return [
+            *train,
+            "--data",
+            answers,
+            "--plan",
+            plan,
+        ], "plan.json is neither a file nor a preset: give a plan's path or"
+    if kind == "plan of the other method":
+        SyncPlan(2, (1,)).save(plan)
+        return [*train, "--data", answers, "--plan", plan], "plan.json is of SPD, for serving"
+    if kind == "sparsity plan to serve":
+        SparsityPlan.default(reference_model.load()[0]).save(plan)
+        return [*score, "--plan", plan], "plan.json is of SparseLoRA, for fine-tuning"
+    if kind == "no place":
+        return [*calibrate[:-1], text / "new.json", "--ranks", 2, "--text", text], "--out"
+    if kind == "no place for the run":
+        return [*score, "--run", text / "run"], "--run"
+    if kind == "a page into a file":
+        SyncPlan(2, (1,)).save(plan)
+        return ["report", plan, "--out", text], "text.txt is a file: give a directory"
+    if kind == "no epochs":
+        return [*train, "--data", answers, "--epochs", 0], "--epochs 0 trains nothing"
+    if kind == "a finished adapter":
+        (folder / "new").mkdir()
+        (folder / "new" / "adapter_config.json").write_text("{}")
+        return [*train, "--data", answers], "new holds a finished adapter: delete it to train anew"
+    if kind == "a broken line":
+        broken = folder / "broken.jsonl"
+        broken.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": \n')
+        return [*train, "--data", broken], "broken.jsonl, line 3 is not JSON (Expecting value at column 12)"
+    if kind == "a chat":
+        answers.write_text('[{"messages": [{"role": "user", "content": "a"}]}]')
+        return [*train, "--data", answers], "turns of a chat are not read"
     if kind == "sparsity plan of another model":
         values = SparsityPlan.uniform(reference_model.load()[0], 0.5).to_dict()
         values["model"]["hidden"] = 512
@@ -218,7 +251,8 @@ KINDS = (
     "missing text, empty text, too little text, ranks, limit, two limits, tiers, no probe, half a link, "
     "a plan to heal for another model, a plan without drops, truncated weights, plan of another model, "
     "broken plan, no adapter, sparsity, plan and sparsity, missing plan, sparsity plan of another model, no answers, "
-    "every label -100, unknown family, recovered"
+    "every label -100, unknown family, recovered, plan of the other method, sparsity plan to serve, no place, "
+    "no place for the run, a page into a file, no epochs, a finished adapter, a broken line, a chat"
 ).split(", ")
 
 
@@ -231,3 +265,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path, tex
     (line,) = [line for line in error.splitlines() if line.strip()]
     assert line.startswith("error: ") and message in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(dir: Path, prefix: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(dir / prefix))
+
+    monkeypatch.setattr("elision.files.tempfile.mkstemp", full)
+    code, said, error = run(*CALIBRATE, "--text", text, "--ranks", 2, "--out", tmp_path / "plan.json")
+    assert code == 2 and said == "" and not (tmp_path / "plan.json").exists()
+    assert error.strip().splitlines()[-1].endswith("cannot be written: No space left on device")

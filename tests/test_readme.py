@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +52,10 @@ def rows(count: int) -> list[dict[str, Tensor]]:
 def test_sparselora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-    names: dict[str, Any] = {"model": model, "dataset": rows(32)}
+    dataset = [
+        {name: row[name].tolist()[: 10 + i % 3] for name in ("input_ids", "labels")} for i, row in enumerate(rows(32))
+    ]
+    names: dict[str, Any] = {"model": model, "dataset": dataset, "tokenizer": SimpleNamespace(pad_token_id=0)}
     exec(program("SparseLoRA"), names)
     assert names["sparse"].forwards["sparse"] == 3  # of four steps, the first is dense
     assert names["plan"].ffn == (0.0,) + (0.99,) * 8 + (0.0,) and names["plan"].qk == (0.0,) * 4 + (0.75,) * 5 + (0.0,)

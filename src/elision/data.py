@@ -68,15 +68,20 @@ def load_examples(path: str | Path) -> list[Example]:
         raise InputError(f"data {path} is not a file: give a .json or .jsonl file of prompts and answers") from None
     except UnicodeDecodeError:
         raise InputError(f"data {path} is not UTF-8 text: give a .json or .jsonl file") from None
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
+    remedy = "write .json as one list, .jsonl as a row a line"
+    if path.suffix == ".jsonl":
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                wrong = f"{error.msg} at column {error.colno}"
+                raise InputError(f"data {path}, line {number} is not JSON ({wrong}): {remedy}") from None
+    else:
+        try:
             rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"data {path} is not JSON ({error}): write .json as one list, .jsonl as a row a line"
-        ) from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"data {path} is not JSON ({error}): {remedy}") from None
     if not isinstance(rows, list) or not rows:
         raise InputError(f"data {path} holds no rows: give a list of objects with a prompt and an answer")
     return [_example(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
@@ -93,7 +98,8 @@ def _example(row: object, where: str) -> Example:
             if names is None
             else f"answer ({', '.join(_ANSWERS)})"
         )
-        raise InputError(f"{where} has no {missing}: its fields are {', '.join(map(str, row)) or 'none'}")
+        turns = ": turns of a chat are not read, write each as a prompt and an answer" if "messages" in row else ""
+        raise InputError(f"{where} has no {missing}: its fields are {', '.join(map(str, row)) or 'none'}{turns}")
     prompt = "\n".join(str(row[name]) for name in names if row.get(name))
     if not prompt.strip() or not str(answer).strip():
         raise InputError(f"{where} has an empty prompt or answer: fill it in or drop the row")

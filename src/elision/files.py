@@ -30,6 +30,23 @@ def write(path: str | Path, fill: Callable[[Path], Any]) -> Path:
     return path
 
 
+def check_place(path: str | Path, what: str) -> None:
+    """Refuse a place that cannot be written, before any work is done for what is to stand there; leaves nothing.
+
+    Raises:
+        InputError: the nearest directory of `path` that exists does not take a file.
+    """
+    path = Path(path)
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    folder = there.parent if there == path and not path.is_dir() else there
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"{folder}: {error.strerror or error}"
+        raise InputError(f"{what} {path} cannot be written ({reason}): give another place") from None
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text atomically."""
     return write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

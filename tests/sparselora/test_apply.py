@@ -389,6 +389,8 @@ def test_a_sparse_model_is_not_made_sparse_again() -> None:
     model = tiny.lora()
     with sparsify(model, tiny.plan(model)):
         refused(model, tiny.plan(model), r"model is sparse already: remove\(\) its first handle")
+        with pytest.raises(InputError, match="model is sparse already"):
+            sparselora.calibrate(model, [tiny.batch((9,), (2,))], flops=0.9)
     sparsify(model, tiny.plan(model)).remove()
 
 

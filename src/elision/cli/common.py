@@ -15,6 +15,7 @@ A command declares only what is its own:
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from elision import files
 from elision.cli import config
 from elision.errors import InputError
 
@@ -40,6 +42,9 @@ class Commands(TyperGroup):
         for command in self.commands.values():
             if not isinstance(command, TyperGroup):
                 command.params.append(config.option())
+                for param in command.params:
+                    if param.name in ("out", "run"):
+                        param.callback = _writable
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -47,9 +52,24 @@ class Commands(TyperGroup):
         except InputError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in _OF_THE_DISK:
+                raise
+            typer.echo(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", err=True)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("\ninterrupted: run the same command again to resume", err=True)
             raise typer.Exit(130) from None
+
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _writable(ctx: Any, param: Any, value: Any) -> Any:
+    """Before hours of work, not after them: that its outcome has a place."""
+    if value is not None and not ctx.resilient_parsing:
+        files.check_place(value, f"--{param.name}")
+    return value
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory, a Hugging Face id, or 'reference'.")]

@@ -227,6 +227,10 @@ def plan_of(name: str | None, mode: str | None) -> Callable[[Any], tuple[Sparsit
     if name is None:
         return lambda model: (None, None)
     preset = not Path(name).exists() and name in presets.names()
+    if not preset and not Path(name).is_file():
+        raise InputError(
+            f"plan {name} is neither a file nor a preset: give a plan's path or {', '.join(presets.names())}"
+        )
     plan = SparsityPlan.preset(name) if preset else SparsityPlan.load(name)
     factors = Factors.load(_factors_beside(Path(name))) if plan.selection == "whitened" else None
     return lambda model: (plan, factors)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from elision.cli.common import Json, show
+from elision.errors import InputError
 
 
 def report(
@@ -32,5 +33,7 @@ def report(
     """
     from elision import report
 
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give a directory for the page and its plots")
     page = report.write(runs, out)
     show({"report": str(page)}, as_json, f"report: {page}")

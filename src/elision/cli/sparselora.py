@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -44,7 +45,7 @@ def train(
     plan: plans.Plan = None,
     mode: plans.Mode = None,
     sparsity: Annotated[float | None, typer.Option(help="One sparsity for all layers instead; 0 is LoRA.")] = None,
-    epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = 1.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the data, in whole steps.")] = 1.0,
     batch: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Peak; cosine schedule with 4% warmup.")] = 3e-4,
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank; alpha is twice that.")] = 32,
@@ -60,7 +61,8 @@ def train(
 ) -> None:
     """Fine-tune with SparseLoRA; what comes out is an ordinary PEFT adapter.
 
-    Tells the expected speedup before the first step. --dry-run times one step
+    LoRA goes on Q, K, V and O. The fields of --data are those of docs/cli.md;
+    no chat template is applied. Tells the expected speedup before the first step. --dry-run times one step
     and says how long all of them would take, in how much memory. A killed run
     goes on when the same command is run again. Without --plan it follows the
     paper's, scaled to the model; `calibrate` makes one for your model and data.
@@ -79,6 +81,10 @@ def train(
 
     if plan is not None and sparsity is not None:
         raise InputError("--plan and --sparsity are both given: one of them says what to leave out")
+    if not 0 < epochs < math.inf:
+        raise InputError(f"--epochs {epochs:g} trains nothing: give a number above 0")
+    if (out / "adapter_config.json").is_file():
+        raise InputError(f"--out {out} holds a finished adapter: delete it to train anew, or give another directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not empty: give a new directory")
     training.reporters(report_to or ())

@@ -32,7 +32,7 @@ def calibrate(
     ctx: typer.Context,
     model: Model,
     text: Text,
-    ranks: Annotated[list[int], typer.Option(min=1, help="Tensor-parallel ranks that will serve; may be repeated.")],
+    ranks: Annotated[list[int], typer.Option(min=2, help="Tensor-parallel ranks that will serve; may be repeated.")],
     out: Annotated[Path, typer.Option(help="Where the plan goes; what was measured is kept beside it.")],
     max_loss: Annotated[float | None, typer.Option(help="Allowed perplexity increase; 0.01 is one percent.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Allowed KL divergence from the dense model, nats.")] = None,
@@ -291,7 +291,7 @@ def _said(plan: SyncPlan, before: SyncPlan | None = None) -> str:
     parts += [f"{len(plan.healing)} are to be healed"] if plan.healing else []
     found = plan.verified
     if found is None:
-        return ", ".join(parts)
+        return ", ".join([*parts, "not verified, for no row of text was left over: give more text, or shorter rows"])
     off = 100 * (found.loss - found.predicted)
     parts.append(
         f"perplexity {100 * found.loss:+.2f}% on {found.tokens:,} held-out tokens where {100 * found.predicted:+.2f}% "

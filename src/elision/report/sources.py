@@ -15,6 +15,7 @@ from typing import Any
 from elision import files
 from elision.errors import InputError
 from elision.report.results import Results, Tradeoff, check
+from elision.report.verdict import CALIBRATION, HELD_OUT
 from elision.runs import Run
 
 
@@ -163,12 +164,12 @@ def _sync_plan(values: Mapping[str, Any], name: str) -> dict[str, Any]:
             "perplexities": found["perplexities"],
             "chosen": len(values["dropped"]),
         }
-        text = {"text": "the calibration text", "tokens": 0}
+        text = {"text": CALIBRATION, "tokens": 0}
         sections["spd"] = [{"model": name, **text, "dense_perplexity": dense, "ranks": [ranks]}]
     if (verified := values.get("verified")) is not None and values.get("model") is not None:
         costs = {"as it is": verified["zero_shot"], "healed": verified["planned"]}
         if costs["as it is"] == costs["healed"] or not values.get("healed"):
-            costs = {"held-out text": verified["planned"]}
+            costs = {HELD_OUT: verified["planned"]}
         point = {"saving": len(values["dropped"]) / values["model"]["layers"], "kind": "chosen"}
         points = [{**point, "name": how, "cost": value / verified["dense"] - 1} for how, value in costs.items()]
         points[0]["kind"] = "chosen" if len(points) == 1 else "control"

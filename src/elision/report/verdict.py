@@ -30,6 +30,7 @@ from elision.report.results import (
 )
 
 MINUS = "\N{MINUS SIGN}"
+CALIBRATION, HELD_OUT = "the calibration text", "held-out text"
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -112,7 +113,9 @@ def points(difference: float) -> str:
 
 def headline(results: Results) -> str:
     """The verdict on the whole run in one sentence with numbers."""
-    clauses = [clause for clause in (_trained(results.finetune), _dropped(results.spd)) if clause]
+    held_out = bool(results.tradeoffs)  # what was verified on held-out text goes before the text that was planned on
+    spd = [] if held_out and results.spd and results.spd[0].text == CALIBRATION else results.spd
+    clauses = [clause for clause in (_trained(results.finetune), _dropped(spd)) if clause]
     clauses += [clause for clause in (evaluated(results.evaluation), fastest(results.steps)) if clause]
     clauses += [clause for clause in (served(results.latency),) if clause]
     clauses += [chosen(each) for each in results.tradeoffs[:1]]
@@ -151,6 +154,7 @@ def _dropped(models: Sequence[SyncPointDrop]) -> str | None:
     return (
         f"on {ranks} ranks, Sync-Point Drop leaves out {counts} of the {model.model}'s {model.ranks[0].layers} syncs "
         f"after attention for {change(worst)} perplexity{at_most}"
+        + (f" on {CALIBRATION} itself" if model.text == CALIBRATION else "")
     )
 
 
@@ -301,7 +305,7 @@ def chosen(is_: Tradeoff) -> str:
     found = [point for point in is_.points if point.kind == "chosen"]
     said = [
         f"{is_.name if len(found) == 1 else point.name} leaves out {percent(point.saving)} of {is_.saving} for "
-        f"{change(point.cost)} {is_.cost}"
+        f"{change(point.cost)} {is_.cost}" + (f" ({point.name})" if len(found) == 1 and point.name == HELD_OUT else "")
         for point in found
     ]
     return listed(said) if said else f"{len(is_.points)} plans of {is_.name} were measured"

@@ -41,6 +41,7 @@ from elision.layerwise import fingerprint
 from elision.sparselora import flops as counting
 from elision.sparselora import rehearsal, stopwatch, sweep
 from elision.sparselora.allotment import Allotment, Point, Walk, allot
+from elision.sparselora.coverage import check_dense
 from elision.sparselora.factors import Factors, estimated
 from elision.sparselora.flops import Shape, Workload
 from elision.sparselora.forecasts import adapters_or_usual, compare, under, workloads
@@ -100,6 +101,7 @@ def calibrate(
     view = blocks.decoder(model)
     if reason := blocks.refusal(view.model.config, "sparselora"):
         raise InputError(reason)
+    check_dense(view)
     facts = ModelFacts.of(model)
     zeros = (0.0,) * facts.layers
     try:

@@ -45,13 +45,17 @@ def check_whole(view: blocks.Decoder) -> None:
         )
 
 
+def check_dense(view: blocks.Decoder) -> None:
+    """Raise InputError where `sparsify` has been here already."""
+    if any(isinstance(module, MaskedLinear) for module in view.model.modules()):
+        raise InputError("model is sparse already: remove() its first handle")
+
+
 def check_model(view: blocks.Decoder, plan: SparsityPlan) -> None:
     """Raise InputError where the model is not one that the method can make sparse as it stands."""
     check_whole(view)
-    modules = list(view.model.modules())
-    if any(isinstance(module, MaskedLinear) for module in modules):
-        raise InputError("model is sparse already: remove() its first handle before sparsify")
-    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    check_dense(view)
+    layers = [module for module in view.model.modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise InputError("model has no LoRA adapter to train: add one with peft.get_peft_model before sparsify")
     if reason := idle(view.model):

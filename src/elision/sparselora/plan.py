@@ -244,6 +244,8 @@ class SparsityPlan:
         """
         if not isinstance(data, Mapping):
             raise InputError(f"{where} holds {type(data).__name__}, not an object: write it with SparsityPlan.save")
+        if {"ranks", "dropped"} <= set(data):
+            raise InputError(f"{where} is of SPD, for serving: make one with elision sparselora calibrate")
         if data.get("version") != VERSION or not _is_int(data["version"]):
             raise InputError(
                 f"{where} has version {data.get('version')!r}, this elision reads {VERSION}: make it anew or upgrade"

@@ -229,6 +229,8 @@ class SyncPlan:
         """
         if not isinstance(data, Mapping):
             raise InputError(f"{where} holds {type(data).__name__}, not an object: write it with SyncPlan.save")
+        if {"ffn", "qk", "vo"} <= set(data):
+            raise InputError(f"{where} is of SparseLoRA, for fine-tuning: make one with elision spd calibrate")
         if data.get("version") != VERSION:
             found = data.get("version")
             raise InputError(f"{where} has version {found!r}, this elision reads {VERSION}: calibrate again or upgrade")
