@@ -15,7 +15,7 @@ import torch
 
 from elision import InputError, evaluate
 from elision.blocks import decoder
-from elision.spd import Recipe, SyncPlan, correct, distill, heal, simulate, student
+from elision.spd import Recipe, SyncPlan, calibrate, carry_out, correct, distill, heal, regroup, simulate, student
 from elision.spd.activations import sources
 from tests.spd.tiny import bits, left_padded, tiny, token_ids
 
@@ -259,6 +259,56 @@ def test_bad_input_changes_nothing(match, arguments):
     with pytest.raises(InputError, match=match) as caught:
         heal(model, **{"plan": PLAN, "batches": DATA, "quiet": True, **arguments})
     assert "\n" not in str(caught.value) and bits(model) == state
+
+
+class TestAHealedModelIsNoOriginal:
+    """Its weights would be taken for the teacher's, and what is measured for the original's."""
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda model: heal(model, PLAN, DATA, recipe=QUICK, quiet=True),
+            lambda model: carry_out(model, PLAN, DATA, recipe=QUICK, quiet=True),
+            lambda model: calibrate(model, DATA, RANKS, drop=0.5, quiet=True),
+            lambda model: correct(model, PLAN, DATA, quiet=True),
+            lambda model: regroup(model, PLAN, DATA, quiet=True),
+        ],
+        ids=["heal", "carry_out", "calibrate", "correct", "regroup"],
+    )
+    def test_it_is_refused(self, use):
+        model = tiny("llama")
+        healed = heal(model, PLAN, DATA, blocks=[1], recipe=Recipe(epochs=1, lr=1e-2), quiet=True)
+        before = bits(model)
+        with pytest.raises(InputError, match=r"model has blocks \[1\] healed or regrouped already: load") as caught:
+            use(model)
+        assert "\n" not in str(caught.value) and bits(model) == before
+        assert set(correct(*healed, DATA, quiet=True).plan.corrections) == set(ALL)  # with its own plan it goes on
+
+    def test_an_interruption_does_not_leave_one_unnoticed(self, tmp_path, monkeypatch):
+        def interrupted(student, *arguments):
+            if student.block.index == 2:
+                raise KeyboardInterrupt
+            original(student, *arguments)
+
+        original, model = distill.distil, tiny("llama")
+        with monkeypatch.context() as patch:
+            patch.setattr(distill, "distil", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                heal(model, PLAN, DATA, recipe=QUICK, state=tmp_path / "state", quiet=True)
+        assert bits(model) != bits(tiny("llama"))
+        with pytest.raises(InputError, match="healed or regrouped already"):
+            heal(model, PLAN, DATA, recipe=QUICK, state=tmp_path / "state", quiet=True)
+        again, whole = tiny("llama"), tiny("llama")
+        heal(again, PLAN, DATA, recipe=QUICK, state=tmp_path / "state", quiet=True)
+        heal(whole, PLAN, DATA, recipe=QUICK, quiet=True)
+        assert bits(again) == bits(whole)
+
+    def test_a_regrouped_model_is_healed_with_its_own_plan(self):
+        regrouped = regroup(tiny("llama"), PLAN, DATA, blocks=[0], quiet=True)
+        with pytest.raises(InputError, match=r"model has blocks \[0\] healed or regrouped already"):
+            heal(regrouped.model, PLAN, DATA, recipe=QUICK, quiet=True)
+        healed = heal(*regrouped, DATA, recipe=QUICK, quiet=True).plan
+        assert healed.healed == ALL and healed.heads == regrouped.plan.heads
 
 
 @pytest.mark.parametrize("values", [{"epochs": 0}, {"epochs": 1.5}, {"lr": -1.0}, {"held_out": 1.0}, {"seed": -1}])

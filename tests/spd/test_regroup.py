@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from elision.spd import SyncPlan, correct, regroup, simulate, ungroup
 from elision.spd.activations import sources
 from elision.spd.block import mlp_share, spd_output
 from elision.spd.regroup import inverse, permute
-from elision.spd.simulate import local_block
+from elision.spd.simulate import carry, local_block
 from tests.spd.tiny import bits, left_padded, tiny, token_ids
 
 DATA = [{"input_ids": token_ids(3, 16)}, left_padded((7, 12))]
@@ -120,6 +122,7 @@ def test_padding_does_not_matter():
 )
 def test_bad_input_changes_nothing(match, plan, blocks):
     model = tiny("llama")
+    carry(decoder(model), plan)
     state = bits(model)
     with pytest.raises(InputError, match=match) as caught:
         regroup(model, plan, DATA, blocks=blocks, quiet=True)
@@ -132,3 +135,33 @@ def test_a_treated_block_keeps_its_order():
     assert treated.plan.heads and treated.plan.corrections == {1: "constant"}
     with pytest.raises(InputError, match="block 1 was treated with its heads regrouped"):
         ungroup(model, treated.plan)
+
+
+def test_heads_do_not_move_twice_unnoticed():
+    """The second order would hide the first, and with it the way back."""
+    model = tiny("llama")
+    weights = bits(model)
+    first = regroup(model, PLAN, DATA, blocks=[0], quiet=True)
+    moved = bits(model)
+    with pytest.raises(InputError, match=r"model has blocks \[0\] healed or regrouped already: load the original"):
+        regroup(model, PLAN, DATA, quiet=True)
+    assert bits(model) == moved
+    both = regroup(*first, DATA, blocks=[2], quiet=True)  # with its own plan it goes on
+    assert set(both.plan.heads) == {0, 2} and ungroup(*both) == PLAN and bits(model) == weights
+    assert regroup(model, PLAN, DATA, quiet=True).plan.heads == both.plan.heads  # what was ungrouped is the original
+
+
+def test_an_interruption_leaves_no_regrouped_model_that_passes_for_the_original(monkeypatch):
+    model, calls = tiny("llama"), []
+
+    def interrupted(*arguments):
+        calls.append(permute(*arguments))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["elision.spd.regroup"], "permute", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            regroup(model, PLAN, DATA, quiet=True)
+    assert calls and bits(model) != bits(tiny("llama"))
+    with pytest.raises(InputError, match="healed or regrouped already"):
+        regroup(model, PLAN, DATA, quiet=True)

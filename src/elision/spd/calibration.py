@@ -30,7 +30,7 @@ from elision.spd.planner import RECOVERED, Workload, choose, options, recoveries
 from elision.spd.proxies import Method, all_scores
 from elision.spd.sensitivity import ascending, covered_by_all, curves
 from elision.spd.simulate import facts
-from elision.spd.streams import IGNORED, Batch, Quality, check_batches, measure, next_tokens
+from elision.spd.streams import IGNORED, Batch, Quality, check_batches, check_weights, measure, next_tokens
 
 DEFAULT_LOSS = 0.01
 TRIES = 8  # plans measured at most before a mixed one is given up
@@ -164,7 +164,8 @@ def calibrate(
 
     Raises:
         InputError: as in `sensitivity`; two limits or one out of range; a workload with another limit than max_loss,
-            for another model or number of ranks, or one where nothing is worth saving ("do not bother").
+            for another model or number of ranks, or one where nothing is worth saving ("do not bother"); a model with
+            healed or regrouped blocks.
     """
     limit = Limit(max_loss, max_kl, drop, tiers, healing, recovered or {})
     return calibrations(
@@ -187,6 +188,7 @@ def calibrations(
     """`calibrate` for several numbers of ranks, measured together: what does not depend on them is computed once."""
     limit, several = limit or Limit(), tuple(ranks)
     view = covered_by_all(model, several)
+    check_weights(view)
     if workload is not None:
         _check_workload(workload, view, several, limit)
     data = check_batches(batches, view.config.vocab_size)

@@ -42,8 +42,8 @@ from elision.spd.lowrank import attach_lowrank
 from elision.spd.plan import CORRECTIONS, SyncPlan
 from elision.spd.polish import polish
 from elision.spd.regroup import grouped, permute
-from elision.spd.simulate import carry, check_carried, check_plain, covered, facts
-from elision.spd.streams import Batch, check_batches, evaluating, hash_weights, step
+from elision.spd.simulate import carry, check_plain, covered, facts
+from elision.spd.streams import Batch, check_batches, check_weights, evaluating, hash_weights, step
 from elision.spd.student import Kept, Student, cut, mean, train, training
 from elision.streaming import is_streamed, relocate, resident
 
@@ -117,15 +117,15 @@ def heal(
         The model and the plan with `healed` blocks in it and nothing left to heal.
 
     Raises:
-        InputError: fewer than two batches, a plan with healed blocks already, a block that is not dropped, a streamed
-            model without `state` or with a polish, or what `simulate` and `sensitivity` refuse.
+        InputError: fewer than two batches, a plan or a model with healed blocks already, a block that is not dropped,
+            a streamed model without `state` or with a polish, or what `simulate` and `sensitivity` refuse.
     """
     recipe = recipe or Recipe()
     view = covered(model, plan.ranks)
     plan.check(facts(view))
     if plan.healed:
         raise InputError(f"plan has healed blocks {list(plan.healed)} already: heal the original model")
-    check_carried(view, plan)
+    check_weights(view, plan)
     chosen, fitted = _treatments(plan, blocks, recipe)
     healed = replace(plan, healed=chosen, corrections={**plan.corrections, **fitted}, healing={})
     for block in view.blocks:
@@ -144,6 +144,9 @@ def heal(
     kept = None if state is None else Kept(Path(state), _key(view, checked, healed, recipe))
     walk = Walk(sources(view, checked), healed)
     students: dict[int, Student] = {}
+    carry(
+        view, healed
+    )  # before any weight changes, so that a run cut short leaves no model that passes for the original
     with evaluating(view.model), progress("Healing", len(view.blocks), quiet) as advance:
         for block in view.blocks:
             with resident(block.layer):
@@ -186,7 +189,6 @@ def heal(
             )
     for student in students.values():
         student.merge()
-    carry(view, healed)
     return Treated(view.model, healed)
 
 

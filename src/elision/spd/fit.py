@@ -28,8 +28,8 @@ from elision.spd.artifact import Treated
 from elision.spd.block import attention_share
 from elision.spd.corrections import Correction, attach, correction_of, detach
 from elision.spd.plan import CORRECTIONS, SyncPlan
-from elision.spd.simulate import Simulation, check_carried, check_plain, covered, facts, head_outputs, local_block
-from elision.spd.streams import Batch, check_batches, evaluating
+from elision.spd.simulate import Simulation, check_plain, covered, facts, head_outputs, local_block
+from elision.spd.streams import Batch, check_batches, check_weights, evaluating
 
 RIDGE = 1e-4  # of M_i - Wo_i, in units of the mean square of A_i's channels: keeps directions that hardly occur
 
@@ -64,7 +64,7 @@ def correct(
         raise InputError(f"correction {kind!r} is not known: use one of {', '.join(CORRECTIONS)}")
     view = covered(model, plan.ranks)
     plan.check(facts(view))
-    check_carried(view, plan)
+    check_weights(view, plan)
     chosen = dict.fromkeys(plan.dropped if blocks is None else blocks, kind)
     corrected = replace(plan, corrections={**plan.corrections, **chosen})
     for block in view.blocks:

@@ -19,7 +19,7 @@ from elision.spd.distill import Recipe, check_streamed, heal
 from elision.spd.plan import SyncPlan
 from elision.spd.planner import RECOVERED
 from elision.spd.simulate import covered, facts
-from elision.spd.streams import Batch, check_batches, last_hidden, measure
+from elision.spd.streams import Batch, check_batches, check_weights, last_hidden, measure
 
 
 def carry_out(
@@ -44,7 +44,8 @@ def carry_out(
         quiet: show no progress bars.
 
     Raises:
-        InputError: a plan that drops nothing or is carried out already, or what `heal` refuses.
+        InputError: a plan that drops nothing, a plan or a model on which one is carried out already, or what `heal`
+            refuses.
     """
     view = covered(model, plan.ranks)
     plan.check(facts(view))
@@ -52,6 +53,7 @@ def carry_out(
         raise InputError("plan drops no sync, so there is nothing to heal: calibrate with a wider limit")
     if not plan.original_weights:
         raise InputError("plan is carried out already, its checkpoint is healed: give the plan that calibrate wrote")
+    check_weights(view)
     check_streamed(view, recipe or Recipe(), state)
     checked = check_batches(batches, view.config.vocab_size)
     apart = None if held_out is None else check_batches(held_out, view.config.vocab_size)

@@ -26,7 +26,7 @@ from elision.spd.block import add_residual, mlp_share
 from elision.spd.heads import assign, distances, scatter
 from elision.spd.plan import SyncPlan
 from elision.spd.simulate import carry, check_carried, check_plain, covered, facts, local_block
-from elision.spd.streams import Batch, check_batches, evaluating, step
+from elision.spd.streams import Batch, check_batches, check_weights, evaluating, step
 from elision.streaming import resident
 
 
@@ -59,13 +59,14 @@ def regroup(
     chosen = tuple(plan.dropped if blocks is None else blocks)
     if stray := sorted(set(chosen) - set(plan.dropped)):
         raise InputError(f"block {stray[0]} keeps its sync: name it in dropped, or do not regroup it")
+    check_weights(view, plan)
     for block in view.blocks:
         check_plain(block)
     orders = grouped(view, plan, check_batches(batches, view.config.vocab_size), chosen, quiet)
+    regrouped = replace(plan, heads={**plan.heads, **orders})
+    carry(view, regrouped)  # before any head moves: a run cut short leaves no model that passes for the original
     for index, order in orders.items():
         permute(view.blocks[index], order)
-    regrouped = replace(plan, heads={**plan.heads, **orders})
-    carry(view, regrouped)
     return Treated(view.model, regrouped)
 
 

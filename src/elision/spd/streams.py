@@ -41,7 +41,7 @@ from elision.layerwise import INPUTS, fingerprint, hash_tensor, layer_calls
 from elision.progress import progress
 from elision.spd.corrections import Correction, correction_of
 from elision.spd.plan import SyncPlan
-from elision.spd.simulate import Simulation, check_plain
+from elision.spd.simulate import Simulation, check_carried, check_plain, made_for
 from elision.streaming import resident
 
 Batch = Mapping[str, Tensor]
@@ -262,6 +262,18 @@ def check_batches(batches: Iterable[Batch], vocabulary: int) -> list[Batch]:
     if not any(bool((next_tokens(batch) != IGNORED).any()) for batch in checked):
         raise InputError("data has no token to score, every label is -100 or padding: give labels or longer texts")
     return checked
+
+
+def check_weights(view: Decoder, plan: SyncPlan | None = None) -> None:
+    """Raise InputError unless the model's weights are the original's, or those that `plan` was carried out on."""
+    if plan is not None:
+        check_carried(view, plan)
+    made = made_for(view)
+    if made is not None and (plan is None or not (plan.healed or plan.heads)):  # what is measured would be wrong
+        raise InputError(
+            f"model has blocks {sorted({*made.healed, *made.heads})} healed or regrouped already: "
+            "load the original model, or give the plan that came with this one"
+        )
 
 
 def _key(view: Decoder, batches: Sequence[Batch], ways: Sequence[tuple[Way, ...]]) -> str:
