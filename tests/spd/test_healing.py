@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_held_out_text_says_what_came_back_and_how_far_off_the_prediction_was():
     zero_shot = plan.calibration.perplexities[3] / plan.calibration.perplexities[0] - 1
     assert found.predicted == pytest.approx(0.1 * zero_shot, rel=1e-9)  # the share that was said to come back
     assert found.loss == pytest.approx(found.planned / before[0] - 1, rel=1e-9) and found.loss != found.predicted
+
+
+def test_blocks_named_by_hand_beside_a_measurement_are_predicted_by_the_shares():
+    """The curve was measured along another order, so only held-out text says what these blocks cost."""
+    model = tiny("llama")
+    plan = calibrate(model, DATA, 3, drop=0.34, healing=True, recovered={"b2b": 0.9}, quiet=True)
+    assert plan.calibration is not None and len(plan.dropped) == 1
+    edited = replace(plan, dropped=plan.calibration.order[-1:], healing={})
+    found = carry_out(model, edited, BATCHES, held_out=APART, recipe=Recipe(epochs=1), quiet=True).plan.verified
+    assert found is not None and found.predicted == pytest.approx(0.1 * (found.zero_shot / found.dense - 1), rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from elision.spd.artifact import Treated
 from elision.spd.calibration import expected, verified
 from elision.spd.distill import Recipe, check_streamed, heal
 from elision.spd.plan import SyncPlan
-from elision.spd.planner import RECOVERED
+from elision.spd.planner import recoveries
 from elision.spd.simulate import covered, facts
 from elision.spd.streams import Batch, check_batches, check_weights, last_hidden, measure
 
@@ -78,6 +78,8 @@ def _predicted(plan: SyncPlan, wanted: Mapping[int, str], zero_shot: float) -> f
     """The relative loss to be expected of `wanted`, where `zero_shot` is what dropping alone costs on this text."""
     if plan.int8 or plan.skipped:  # a mixture's prediction is its own
         return zero_shot if plan.verified is None else plan.verified.predicted
-    if plan.calibration is None:
-        return zero_shot * (1 - min(RECOVERED[how] for how in wanted.values()))
+    found = plan.calibration
+    if found is None or set(found.order[: len(plan.dropped)]) != set(plan.dropped):  # blocks named by hand: no curve
+        shares = recoveries((found and found.recovered) or {})
+        return zero_shot * (1 - min(shares[how] for how in wanted.values()))
     return expected(replace(plan, healing=wanted))
