@@ -139,6 +139,12 @@ def test_what_a_plan_still_has_to_heal_is_done_as_it_says():
     assert last_error(model, base, healed.plan) < last_error(base, tiny("llama"), PLAN)
 
 
+def test_the_recipe_says_how_blocks_are_corrected():
+    plan = SyncPlan(RANKS, (0, 1), healing={0: "correct", 1: "b2b"})
+    found = heal(tiny("llama"), plan, DATA, recipe=Recipe(epochs=1, correction="constant"), quiet=True).plan
+    assert found.corrections == {0: "constant", 1: "constant"} and found.healed == (1,)
+
+
 def test_a_correction_is_fitted_to_the_stream_that_the_student_gets():
     """Block 1's constant is the mean of what its ranks miss behind a healed block 0, not behind the original one."""
     recipe = Recipe(epochs=1, lr=1e-9, correction="constant")  # what was fitted is hardly trained

@@ -47,7 +47,7 @@ from elision.spd.streams import Batch, check_batches, check_weights, evaluating,
 from elision.spd.student import Kept, Student, cut, mean, train, training
 from elision.streaming import is_streamed, relocate, resident
 
-DEFAULT_CORRECTION = "gain"  # of a block whose plan says "correct": two vectors a rank
+DEFAULT_CORRECTION = "gain"  # of a block whose plan says "correct", where the recipe names none: two vectors a rank
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Recipe:
     held_out: float = 0.1  # share of the batches, the last ones, at least one
     teacher_inputs: bool = False  # the paper's way: inputs from the teacher's stream
     seed: int = 0
-    correction: str | None = None  # kind to fit before a block is trained, and to train with it
+    correction: str | None = None  # kind to fit before a block is trained, and to train with it; also where none is
     lora: int = 0  # rank of what matrices learn; 0: all of them in full
     polish: int = 0  # epochs of all healed blocks together, against the dense model's next-token distribution
     polish_lr: float | None = None  # None: a third of lr
@@ -218,7 +218,7 @@ def _treatments(plan: SyncPlan, blocks: Sequence[int] | None, recipe: Recipe) ->
     """The blocks to distil, and the kind of correction to fit by block."""
     distilled = tuple(i for i, how in plan.healing.items() if how != "correct")
     chosen = tuple(blocks) if blocks is not None else distilled if plan.healing else plan.dropped
-    fitted = {i: DEFAULT_CORRECTION for i, how in plan.healing.items() if how == "correct"}
+    fitted = {i: recipe.correction or DEFAULT_CORRECTION for i, how in plan.healing.items() if how == "correct"}
     if recipe.correction is not None:
         fitted |= dict.fromkeys(chosen, recipe.correction)
     return chosen, {i: kind for i, kind in fitted.items() if i not in plan.corrections}
