@@ -255,6 +255,10 @@ class TestStateDirectory:
         ("plan has healed blocks \\[0\\] already", {"plan": SyncPlan(RANKS, (0, 1), healed=(0,))}),
         ("healed block 1 keeps its sync", {"plan": SyncPlan(RANKS, (0,)), "blocks": [1]}),
         ("data holds one batch: give at least two", {"batches": DATA[:1]}),
+        (
+            "held_out 0.6 of 2 batches leaves none to train on: give more",
+            {"batches": DATA[:2], "recipe": Recipe(held_out=0.6)},
+        ),
         ("this model has no correction there", {"plan": SyncPlan(RANKS, (0,), {0: "gain"})}),
         ("state .* is a file", {"state": Path(__file__)}),
     ],

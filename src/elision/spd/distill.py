@@ -59,7 +59,7 @@ class Recipe:
     held_out: float = 0.1  # share of the batches, the last ones, at least one
     teacher_inputs: bool = False  # the paper's way: inputs from the teacher's stream
     seed: int = 0
-    correction: str | None = None  # kind to fit before a block is trained, and to train with it; also where none is
+    correction: str | None = None  # kind to fit where the plan says so, and before a block is trained
     lora: int = 0  # rank of what matrices learn; 0: all of them in full
     polish: int = 0  # epochs of all healed blocks together, against the dense model's next-token distribution
     polish_lr: float | None = None  # None: a third of lr
@@ -117,8 +117,9 @@ def heal(
         The model and the plan with `healed` blocks in it and nothing left to heal.
 
     Raises:
-        InputError: fewer than two batches, a plan or a model with healed blocks already, a block that is not dropped,
-            a streamed model without `state` or with a polish, or what `simulate` and `sensitivity` refuse.
+        InputError: fewer than two batches or all held out, a plan or a model with healed blocks already, a block that
+            is not dropped, a streamed model without `state` or with a polish, or what `simulate` and `sensitivity`
+            refuse.
     """
     recipe = recipe or Recipe()
     view = covered(model, plan.ranks)
@@ -134,6 +135,11 @@ def heal(
     checked = check_batches(batches, view.config.vocab_size)
     if len(checked) < 2:
         raise InputError("data holds one batch: give at least two, because some are held out to judge the others")
+    if chosen and cut(recipe.held_out, len(checked)) < 1:
+        raise InputError(
+            f"held_out {recipe.held_out} of {len(checked)} batches leaves none to train on: give more batches or a "
+            "smaller share"
+        )
     if state is not None and Path(state).exists() and not Path(state).is_dir():
         raise InputError(f"state {state} is a file: give a directory")
     check_streamed(view, recipe, state)
