@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 import subprocess
@@ -175,6 +176,21 @@ def test_training_stops_early(monkeypatch):
     heal(tiny("llama"), SyncPlan(RANKS, (1,)), DATA, recipe=Recipe(epochs=50, lr=1e3), quiet=True)
     assert calls.count(True) == 9 * (student.PATIENCE + 1)
     assert calls.count(False) == 1 + student.PATIENCE + 1  # one batch held out: before, and after each epoch
+
+
+def test_any_number_is_better_than_none():
+    weight, losses = torch.nn.Parameter(torch.zeros(1)), iter([math.nan, math.nan, 2.0, math.nan])
+    seen = []
+
+    def judge() -> float:
+        seen.append(weight.item())
+        return next(losses)
+
+    def backward(index: int) -> None:
+        weight.grad = torch.ones(1)
+
+    student.train({"weight": weight}, backward, judge, count=1, epochs=3, peak=0.1, seed=0)
+    assert weight.item() == seen[2] and len(set(seen)) == 4
 
 
 def test_bf16_weights_are_trained_as_float32_and_rounded_once():

@@ -27,7 +27,7 @@ from elision.spd.plan import SyncPlan
 
 BETAS = (0.9, 0.95)
 WARMUP = 0.05  # share of the steps
-PATIENCE = 2  # epochs without an improvement before training stops
+PATIENCE = 2  # epochs in a row that may pass without an improvement; training stops after one more
 
 
 class Student:
@@ -115,7 +115,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=BETAS, weight_decay=0.0)
     found = kept.resume(name) if kept else None
     if found is None:
-        first, since, best, best_loss = 0, 0, _copy(trained), judge()
+        first, since, best, best_loss = 0, 0, _copy(trained), _number(judge())
     else:
         first, since, best, best_loss = _resume(found, trained, optimizer, count)
     steps = epochs * count
@@ -129,15 +129,20 @@ def train(
             backward(index)
             optimizer.step()
             optimizer.zero_grad()
-        judged = judge()
+        judged = _number(judge())
         since += 1
-        if judged < best_loss:  # a loss that is no number is none
+        if judged < best_loss:
             best, best_loss, since = _copy(trained), judged, 0
         if kept:
             kept.keep(name, _state(trained, best, optimizer, [epoch + 1, since, best_loss]))
     with torch.no_grad():
         for key, parameter in trained.items():
             parameter.copy_(best[key])
+
+
+def _number(loss: float) -> float:
+    """A loss that is not a number as one that any other improves on."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def _state(
