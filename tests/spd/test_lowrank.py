@@ -127,3 +127,14 @@ def test_a_copy_carries_its_factors():
     treated = healed()
     assert bits(copy.deepcopy(treated.model)) == bits(treated.model)
     assert any("spd_lowrank.base" in name for name in treated.model.state_dict())
+
+
+def test_an_adapter_is_not_loaded_twice_nor_on_what_another_healing_left(tmp_path):
+    path = save_adapter(*healed(), tmp_path / "healing.safetensors")
+    twice = tiny("llama")
+    load_adapter(twice, path)
+    for model in (twice, healed(recipe=Recipe(epochs=1, lora=2, seed=5)).model, healed(recipe=Recipe(epochs=1)).model):
+        state, config = bits(model), model.config.to_dict()
+        with pytest.raises(InputError, match="model is healed or corrected already.*: load adapter .* on the base"):
+            load_adapter(model, path)
+        assert bits(model) == state and model.config.to_dict() == config

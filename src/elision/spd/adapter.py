@@ -26,11 +26,12 @@ from elision import files
 from elision.blocks import Block, Decoder
 from elision.errors import InputError
 from elision.spd.artifact import Treated
+from elision.spd.corrections import NAME as CORRECTION
 from elision.spd.corrections import attach, correction_of, detach, fill
 from elision.spd.lowrank import LowRank, attach_lowrank, detach_lowrank, fingerprint, lowrank_of, vectors
 from elision.spd.plan import SyncPlan
 from elision.spd.regroup import inverse, permute
-from elision.spd.simulate import carry, check_carried, check_plain, covered, facts
+from elision.spd.simulate import carry, check_carried, check_plain, covered, facts, made_for
 from elision.streaming import resident
 
 
@@ -72,17 +73,19 @@ def load_adapter(model: nn.Module, path: str | Path) -> Treated:
     """Give the base `model` what `save_adapter` wrote, in place: the healed model and its plan.
 
     Raises:
-        InputError: no such file, not an adapter, or one for another model; the model is left as it was.
+        InputError: no such file, not an adapter, one for another model, or the model is treated already; it is left as
+            it was.
     """
     plan, tensors = _read(Path(path))
     view = covered(model, plan.ranks)
     plan.check(facts(view))
+    _check_untreated(view, path)
     for block in view.blocks:
         check_plain(block)
     for index, order in plan.heads.items():
         permute(view.blocks[index], order)
     try:
-        for index in (*plan.healed, *plan.corrections):
+        for index in sorted({*plan.healed, *plan.corrections}):
             _attach(view.blocks[index], plan, tensors, f"adapter {path}")
     except InputError:
         _undo(view, plan)
@@ -97,6 +100,14 @@ def load_adapter(model: nn.Module, path: str | Path) -> Treated:
                 parameter.copy_(tensors[f"{index}.vector.{name}"])
     carry(view, plan)
     return Treated(view.model, plan)
+
+
+def _check_untreated(view: Decoder, path: str | Path) -> None:
+    """Raise InputError unless the model is a base: factors merged a second time, or into others', would go unnoticed."""
+    treated = [b.index for b in view.blocks if lowrank_of(b) is not None or hasattr(b.layer, CORRECTION)]
+    if treated or made_for(view) is not None:
+        where = f" (blocks {treated})" if treated else ""
+        raise InputError(f"model is healed or corrected already{where}: load adapter {path} on the base it was made for")
 
 
 def _read(path: Path) -> tuple[SyncPlan, dict[str, Tensor]]:
@@ -117,7 +128,7 @@ def _read(path: Path) -> tuple[SyncPlan, dict[str, Tensor]]:
 def _attach(block: Block, plan: SyncPlan, tensors: dict[str, Tensor], where: str) -> None:
     """Give one block its factors and its correction, filled; its own weights stay."""
     index = block.index
-    if index in plan.healed and lowrank_of(block) is None:
+    if index in plan.healed:
         rank = next((len(t) for name, t in tensors.items() if name.startswith(f"{index}.a.")), 0)
         lowrank = attach_lowrank(block, rank, 0)
         own = {name: tensors.get(f"{index}.{name}") for name in lowrank.state_dict()}
