@@ -26,14 +26,30 @@ def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
     if reason := refusal(config, "sparselora"):  # the wider of the two methods: what it cannot view, neither can
         raise InputError(reason)
     check_original(config, source)
-    name = model_path(source)
+    model = load_whole(AutoModelForCausalLM, model_path(source), source, dtype=precision)
+    return model, load_tokenizer(source)
+
+
+def load_whole(kind: Any, path: str | Path, source: str, **options: Any) -> Any:
+    """`kind.from_pretrained(path, **options)`, with every tensor read from there; errors name `source`.
+
+    Raises:
+        InputError: weights are missing, truncated or of another shape. transformers fills a tensor that a checkpoint
+            lacks with random numbers and only warns.
+    """
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=precision)
+        model, info = kind.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # safetensors, the hub client and config classes share no error class
         raise InputError(
             f"weights of model {source} cannot be read ({_line(error)}): fetch or save it again"
         ) from error
-    return model, load_tokenizer(source)
+    absent = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise InputError(
+            f"weights of model {source} lack {absent[0]}{more} as the model needs it: fetch or save it again"
+        )
+    return model
 
 
 def named_dtype(name: str) -> Any:

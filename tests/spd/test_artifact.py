@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -293,3 +294,30 @@ class TestRefusals:
         with pytest.raises(InputError, match=match) as caught:
             spd.load(tmp_path / "out")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "read", [spd.read, spd.load, lambda path: load_model(str(path))], ids=["read", "load", "model"]
+)
+@pytest.mark.parametrize("damage", ["missing", "shape", "truncated", "absent"])
+def test_weights_that_are_not_all_there_are_refused(read, damage, tmp_path):
+    out = spd.save(tiny("llama"), ZERO_SHOT, tmp_path / "out")
+    file, name = out / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    found = tensors.pop(name)
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:2000])
+    elif damage == "absent":
+        file.unlink()
+    else:
+        save_file({**tensors, **({name: found[:4].clone()} if damage == "shape" else {})}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"weights of model .*out (lack {name} as|cannot be read)") as caught:
+        read(out)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tied_head_is_no_missing_tensor(tmp_path):
+    model = tiny("llama", tie_word_embeddings=True)
+    spd.save(model, ZERO_SHOT, tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert bits(spd.read(tmp_path / "out").model) == bits(model)

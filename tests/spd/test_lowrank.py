@@ -135,6 +135,6 @@ def test_an_adapter_is_not_loaded_twice_nor_on_what_another_healing_left(tmp_pat
     load_adapter(twice, path)
     for model in (twice, healed(recipe=Recipe(epochs=1, lora=2, seed=5)).model, healed(recipe=Recipe(epochs=1)).model):
         state, config = bits(model), model.config.to_dict()
-        with pytest.raises(InputError, match="model is healed or corrected already.*: load adapter .* on the base"):
+        with pytest.raises(InputError, match=r"model is healed or corrected already.*: load adapter .* on the base"):
             load_adapter(model, path)
         assert bits(model) == state and model.config.to_dict() == config

@@ -103,11 +103,13 @@ def load_adapter(model: nn.Module, path: str | Path) -> Treated:
 
 
 def _check_untreated(view: Decoder, path: str | Path) -> None:
-    """Raise InputError unless the model is a base: factors merged a second time, or into others', would go unnoticed."""
+    """Raise InputError unless the model is a base: factors that are merged twice go unnoticed otherwise."""
     treated = [b.index for b in view.blocks if lowrank_of(b) is not None or hasattr(b.layer, CORRECTION)]
     if treated or made_for(view) is not None:
         where = f" (blocks {treated})" if treated else ""
-        raise InputError(f"model is healed or corrected already{where}: load adapter {path} on the base it was made for")
+        raise InputError(
+            f"model is healed or corrected already{where}: load adapter {path} on the base it was made for"
+        )
 
 
 def _read(path: Path) -> tuple[SyncPlan, dict[str, Tensor]]:

@@ -34,6 +34,7 @@ from elision import files
 from elision.blocks import Decoder, decoder
 from elision.errors import InputError
 from elision.families import TREATED, load_config
+from elision.loading import load_whole
 from elision.spd.card import card
 from elision.spd.corrections import NAME, attach, correction_of, fill
 from elision.spd.lowrank import NAME as LOWRANK
@@ -200,7 +201,8 @@ def read(path: str | Path, *, dtype: torch.dtype | None = None) -> Treated:
         dtype: of the weights; the saved one by default, which gives them back bit for bit.
 
     Raises:
-        InputError: no checkpoint with a plan is there, or its parts do not fit each other.
+        InputError: no checkpoint with a plan is there, weights are missing or truncated, or its parts do not fit each
+            other.
     """
     plan = read_plan(path)
     config = load_config(path)
@@ -211,7 +213,7 @@ def read(path: str | Path, *, dtype: torch.dtype | None = None) -> Treated:
     config.architectures = [kind.__name__]
     # A subclass for the time of loading, because only a class can say which tensors of a checkpoint are not its own.
     loader: Any = type(kind.__name__, (kind,), {"_keys_to_ignore_on_load_unexpected": [rf"\.{NAME}\."]})
-    model = loader.from_pretrained(str(path), config=config, dtype="auto" if dtype is None else dtype)
+    model = load_whole(loader, str(path), str(path), config=config, dtype="auto" if dtype is None else dtype)
     model.__class__ = kind
     view = covered(model, plan.ranks)
     plan.check(facts(view))
