@@ -275,3 +275,13 @@ def test_a_full_disk_ends_in_one_line(tmp_path: Path, text: Path, monkeypatch: p
     code, said, error = run(*CALIBRATE, "--text", text, "--ranks", 2, "--out", tmp_path / "plan.json")
     assert code == 2 and said == "" and not (tmp_path / "plan.json").exists()
     assert error.strip().splitlines()[-1].endswith("cannot be written: No space left on device")
+
+
+def test_an_adapter_inside_of_the_checkpoint_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    plan, out = SyncPlan(4, (1,)).save(tmp_path / "plan.json"), tmp_path / "new"
+    (tmp_path / "link").symlink_to(out)
+    heal = ["spd", "heal", "no-model", "--plan", plan, "--text", tmp_path / "no-text", "--lora", 2, "--out", out]
+    for adapter in (out, out / "low.safetensors", tmp_path / "link" / "deep" / "low.safetensors"):
+        code, said, error = run(*heal, "--adapter", adapter)
+        assert (code, said) == (2, "") and error.count("\n") == 1 and f"adapter {adapter} is inside of --out" in error
+    assert not out.exists()

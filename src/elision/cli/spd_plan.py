@@ -159,6 +159,8 @@ def heal(
     recipe = spd.Recipe(epochs, lr, judging, teacher_inputs, seed, correction, lora, polish, polish_lr)
     if adapter is not None and not lora:
         raise InputError(f"adapter {adapter} holds low-rank healing: give --lora 8, say, or leave it out")
+    if adapter is not None and adapter.resolve().is_relative_to(out.resolve()):  # the checkpoint replaces all in there
+        raise InputError(f"adapter {adapter} is inside of --out {out}, which is written as a whole: put it beside it")
     check_replaceable(out)
     loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
     batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
