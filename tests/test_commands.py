@@ -285,3 +285,13 @@ def test_an_adapter_inside_of_the_checkpoint_is_refused_before_anything_is_done(
         code, said, error = run(*heal, "--adapter", adapter)
         assert (code, said) == (2, "") and error.count("\n") == 1 and f"adapter {adapter} is inside of --out" in error
     assert not out.exists()
+
+
+def test_a_plan_cannot_go_where_a_directory_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan-4.json").mkdir()
+    several = ["--ranks", 2, "--ranks", 4]
+    for ranks, out, named in (([], ".", "."), ([], tmp_path, tmp_path), (several, "plan.json", "plan-4.json")):
+        options = ["--text", "no-text", *(ranks or ["--ranks", 4]), "--out", out]
+        code, said, error = run("spd", "calibrate", "no-model", *options)
+        assert (code, said) == (2, "") and error.count("\n") == 1 and f"out {named} is a directory" in error

@@ -74,6 +74,7 @@ def calibrate(
     from elision.report import sources
     from elision.spd.calibration import Limit
 
+    paths = _plan_paths(out, ranks)
     limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing, _shares(recovered or []))
     loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
     workload = _workload(loaded, ranks, probe, alpha, beta, step_ms, step_tokens)
@@ -95,7 +96,6 @@ def calibrate(
             held_out=apart,
             state=out.with_name(f"{out.name}.journal"),
         )
-        paths = [out if len(made) == 1 else out.with_name(f"{out.stem}-{n.ranks}{out.suffix}") for n in made]
         sections: dict[str, list[Any]] = {}
         for plan, path in zip(made, paths, strict=True):
             plan.save(path)
@@ -168,7 +168,8 @@ def heal(
         from elision.cli import estimates
 
         return show(estimates.healing(loaded, planned, batches, apart, recipe), as_json)
-    state = out.with_name(f".{out.name}.healing")
+    place = out.resolve()  # links and ".." have other neighbours, or none
+    state = place.with_name(f".{place.name}.healing")
     count = sum(len(batch["input_ids"]) for batch in batches)
     about = {"Healed on": f"{count} rows of {tokens} tokens of {', '.join(path.name for path in text)}"}
     with run_directory(ctx, run) as kept:
@@ -181,6 +182,17 @@ def heal(
         kept.finish(**sources.of_plan(healed.plan.to_dict(), out.name))
     shutil.rmtree(state, ignore_errors=True)
     show({"checkpoint": str(out), **_summary(healed.plan)}, as_json, f"{_said(healed.plan, planned)}: {out}")
+
+
+def _plan_paths(out: Path, ranks: list[int]) -> list[Path]:
+    """Where the plan for each of `ranks` goes: beside `out` where they are several."""
+    if out.is_dir():
+        raise InputError(f"out {out} is a directory: give a file, {out / 'plan.json'} say")
+    paths = [out if len(ranks) == 1 else out.with_name(f"{out.stem}-{n}{out.suffix}") for n in ranks]
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"out {path} is a directory: remove it, or give --out another name")
+    return paths
 
 
 def _device() -> str:
