@@ -235,6 +235,50 @@ class TestWholeOrAbsent:
         assert bits(spd.read(tmp_path / "out").model) == bits(tiny("llama"))
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
+    def test_a_replacement_that_fails_or_is_killed_between_two_renames_loses_nothing(self, tmp_path, monkeypatch):
+        model, out, replace_ = tiny("llama"), tmp_path / "out", os.replace
+        spd.save(model, ZERO_SHOT, out)
+        before = everything(tmp_path)
+
+        def fail(source, target):
+            return 1 / 0 if str(source).endswith(".partial") else replace_(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(artifact.os, "replace", fail)
+            with pytest.raises(ZeroDivisionError):
+                spd.save(model, SyncPlan(3, (1,)), out)
+        assert everything(tmp_path) == before
+
+        out.rename(tmp_path / ".out.replaced")  # as a kill leaves it
+        with pytest.raises(InputError, match=r"out was moved to .*\.out\.replaced by a save .*: save again"):
+            spd.read(out)
+        with monkeypatch.context() as patch:
+            patch.setattr(artifact, "card", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                spd.save(model, SyncPlan(3, (1,)), out)
+        assert everything(tmp_path) == before
+        spd.save(model, SyncPlan(3, (1,)), out)
+        assert spd.read_plan(out).dropped == (1,) and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_links_stay_and_what_cannot_be_renamed_is_refused(self, tmp_path, monkeypatch):
+        model = tiny("llama")
+        (tmp_path / "disk" / "empty").mkdir(parents=True)
+        (tmp_path / "link").symlink_to(tmp_path / "disk" / "empty")
+        for plan in (ZERO_SHOT, SyncPlan(3, (1,)), ZERO_SHOT):
+            assert spd.save(model, plan, tmp_path / "link") == tmp_path / "link"
+            assert (tmp_path / "link").is_symlink() and spd.read_plan(tmp_path / "disk" / "empty") == plan
+        assert {path.name for path in tmp_path.iterdir()} == {"disk", "link"}
+        (tmp_path / "here" / "below").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "here" / "below")
+        for path in (".", "..", tmp_path / "here"):
+            with pytest.raises(InputError, match=r"is the current directory or above it .*: give a directory inside"):
+                spd.save(model, ZERO_SHOT, path)
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+        with pytest.raises(InputError, match="disk is a mount point and cannot be replaced"):
+            spd.save(model, ZERO_SHOT, tmp_path / "disk")
+        spd.save(model, ZERO_SHOT, "new")
+        assert spd.read_plan("new") == ZERO_SHOT
+
     def test_it_replaces_its_own_and_nothing_else(self, tmp_path):
         model = tiny("llama")
         spd.save(model, ZERO_SHOT, tmp_path / "out")

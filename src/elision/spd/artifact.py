@@ -10,8 +10,9 @@ that says three more things:
                     because their weights are wrong without the plan: plain from_pretrained refuses that name
 
 `read` gives model and plan back bit for bit, `load` applies the plan too. A directory is written under a temporary
-name and then renamed: there is a whole checkpoint at the path or, after a kill, whatever was there before. A streamed
-model's is written block by block, a safetensors file each.
+name and then renamed: there is a whole checkpoint at the path, or whatever was there before. Only a kill between two
+renames leaves nothing there: what was there before is then beside it as .<name>.replaced, which `read` says and the
+next `save` brings back. A streamed model's is written block by block, a safetensors file each.
 """
 
 from __future__ import annotations
@@ -90,25 +91,30 @@ def save(
         raise InputError("model has weights healed for another plan than this: save it with the plan that came with it")
     for index, kind in plan.corrections.items():
         correction_of(view.blocks[index], plan.ranks, kind)
-    path = Path(path)
+    _recover(Path(path).resolve())
     check_replaceable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.partial"
+    place = Path(path).resolve()  # a link stays, what it leads to is written
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     try:
         _write(view.model, plan, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         files.write_text(temporary / "README.md", card(plan, type(view.model).__name__, command, results or {}))
-        _move(temporary, path)
+        _move(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return path
+    return Path(path)
 
 
 def check_replaceable(path: str | Path) -> None:
-    """Raise InputError unless nothing is lost by writing a checkpoint at `path`."""
+    """Raise InputError unless a checkpoint can be written at `path` and nothing is lost by that."""
     path = Path(path)
+    place = path.resolve()
+    if Path.cwd().is_relative_to(place) or os.path.ismount(place):  # a directory is replaced by renaming it
+        what = "a mount point" if os.path.ismount(place) else "the current directory or above it"
+        raise InputError(f"{path} is {what} and cannot be replaced: give a directory inside of it")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     config = path / "config.json"
@@ -172,12 +178,27 @@ def _corrected(name: str) -> int | None:
 
 def _move(temporary: Path, path: Path) -> None:
     """Put a finished directory in its place; a directory cannot be replaced in one step, so the old one goes first."""
-    old = path.parent / f".{path.name}.replaced"
+    old = _replaced(path)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
-    os.replace(temporary, path)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        _recover(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced(path: Path) -> Path:
+    """Where the checkpoint that was at `path` is while it is replaced."""
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _recover(path: Path) -> None:
+    """Bring back what was moved away from `path` by a replacement that did not come to its end."""
+    if not path.exists() and _replaced(path).is_dir():
+        os.replace(_replaced(path), path)
 
 
 def read_plan(path: str | Path) -> SyncPlan:
@@ -186,6 +207,9 @@ def read_plan(path: str | Path) -> SyncPlan:
     Raises:
         InputError: there is no checkpoint, or its config carries no plan.
     """
+    whole = Path(path).resolve()
+    if not whole.exists() and _replaced(whole).is_dir():  # not moved back here: a save may be running
+        raise InputError(f"{path} was moved to {_replaced(whole)} by a save that was killed or still runs: save again")
     place = Path(path) / "config.json"
     values = files.read_json(place, "model config")
     if not isinstance(values, dict) or "spd_plan" not in values:
