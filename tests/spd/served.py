@@ -111,11 +111,11 @@ class Syncs(TorchDispatchMode):
 
 
 @torch.no_grad()
-def serve(rank: int, places: list[str]) -> list[dict[str, Any]]:
+def serve(rank: int, places: list[str], dtype: torch.dtype | str = "auto") -> list[dict[str, Any]]:
     """What one rank sees of every checkpoint: log-probabilities, tokens, syncs of one forward pass."""
     seen = []
     for place in places:
-        model = runtime.load(place)
+        model = runtime.load(place, dtype=dtype)
         with Syncs() as syncs, torch.no_grad():
             model(token_ids())
         tokens = greedy(lambda batch, model=model, **options: runtime.generate(model, batch, **options))

@@ -20,6 +20,7 @@ SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size"
 WIDE = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
 OPT = {"num_attention_heads": 4}
 EXACT = {"dtype": torch.float64}  # int8 turns a difference in the last bit into a whole step, if seldom
+CORRECTED = SyncPlan(2, ALL, corrections={0: "constant", 1: "gain", 2: "local_o"})
 CASES: dict[int, list[Case]] = {
     2: [(family, OPT if family == "opt" else SIZES, SyncPlan(2, (0, 2))) for family in FAMILIES if family != "phi3"]
     + [
@@ -56,6 +57,7 @@ def runs(tmp_path_factory):
         return served.serve, (made,)
 
     empty, full = make("empty", "llama", SyncPlan(2), **SIZES), make("full", "llama", SyncPlan(2, ALL), **SIZES)
+    full_corrected = make("corrected", "llama", CORRECTED, **SIZES)
     four = make("four", "llama", SyncPlan(4, ALL), **WIDE)
     two: dict[str, served.Task] = {
         "serve": cases(2),
@@ -64,6 +66,7 @@ def runs(tmp_path_factory):
         "plans": (served.refused, ([full, empty],)),
         "missing": (served.refused, ([full, str(room / "nowhere")],)),
         "number": (served.refused, ([four, four],)),
+        "cast": (served.serve, ([full_corrected], torch.bfloat16)),
         "lose": (served.lose, (full, 1, "failed")),
     }
     return {
@@ -97,6 +100,14 @@ def test_ranks_agree_with_the_simulation(ranks, runs):
         if plan.corrections:
             with torch.no_grad(), simulate(model, SyncPlan(ranks, plan.dropped)):
                 assert (expected - log_probabilities(model)).abs().max() > 1e-3, family
+
+
+def test_corrections_take_the_type_that_the_weights_are_loaded_in(runs):
+    model = model_of("llama", CORRECTED, **SIZES).to(torch.bfloat16)
+    with torch.no_grad(), simulate(model, CORRECTED):
+        expected = log_probabilities(model)
+    for (rank,) in runs[2]["cast"]:
+        assert (rank["log_probabilities"] - expected).abs().mean() < 0.05  # ranks round their shares before the sum
 
 
 def test_an_empty_plan_is_transformers_own_parallelism_and_a_dropped_one_can_be_removed(runs):

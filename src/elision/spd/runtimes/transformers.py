@@ -77,7 +77,15 @@ def load(
     model = _load_parallel(source, config, plan.ranks, dtype)
     ranks.limit(timeout, *_groups(model))
     setattr(model, _LIMIT, timeout)
-    setattr(model, _CORRECTIONS, corrections_of(source, plan))
+    corrections = corrections_of(source, plan)  # beside the weights, so that from_pretrained casts and moves none
+    setattr(
+        model,
+        _CORRECTIONS,
+        {
+            index: {name: tensor.to(model.device, model.dtype) for name, tensor in tensors.items()}
+            for index, tensors in corrections.items()
+        },
+    )
     if drop:
         drop_syncs(model, plan)
     return model
