@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -175,6 +176,26 @@ def test_a_healed_checkpoint_loads_with_its_own_plan_alone(tmp_path):
         AutoModelForCausalLM.from_pretrained(place)
     with pytest.raises(InputError, match="healed for another plan than the one given: leave the plan out"):
         runtime.load(place, SyncPlan(1, (2,)))
+
+
+@pytest.mark.parametrize(
+    ("plan", "blocks"),
+    [
+        (SyncPlan(1, (0, 1), healed=(1,)), "[1]"),
+        (SyncPlan(1, (0, 1), heads={0: (5, 4, 3, 2, 1, 0)}), "[0]"),
+        (SyncPlan(1, (0, 1), corrections={1: "gain"}), "[1]"),
+    ],
+)
+def test_a_plan_that_was_carried_out_on_other_weights_is_refused(plan, blocks, tmp_path):
+    original = checkpoint(tmp_path / "original", "llama", SyncPlan(1, (0, 1)))
+    with pytest.raises(InputError, match=r"of another model than .*: give the checkpoint that was saved") as refused:
+        runtime.load(original, plan)
+    assert f"blocks {blocks} of" in str(refused.value)
+    if not plan.corrections:
+        with pytest.raises(InputError, match="give the model and the plan that"):
+            runtime.drop_syncs(runtime.load(original, drop=False), plan)
+        place = checkpoint(tmp_path / "own", "llama", plan)
+        runtime.load(place, replace(plan, healing={0: "correct"}))  # which says nothing of the weights
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ and an intermediate size that it would split other than the plan's simulation di
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,7 @@ from elision.spd.corrections import NAME as CORRECTION
 from elision.spd.plan import SyncPlan
 from elision.spd.runtimes import ranks
 from elision.spd.runtimes.checkpoint import check_fits, corrections_of, plan_of
+from elision.spd.simulate import check_carried
 
 TIMEOUT = 10.0  # seconds that a rank waits for another within one all-reduce
 _LIMIT = "_elision_timeout"
@@ -145,10 +147,11 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
     int8, until the returned handle is removed.
 
     Raises:
-        InputError: the plan does not fit the model or its number of ranks, corrects a block for which the checkpoint
-            has no correction, or a block's sync is dropped already.
+        InputError: the plan does not fit the model or its number of ranks, was carried out on other weights, corrects a
+            block for which the checkpoint has no correction, or a block's sync is dropped already.
     """
     check_fits(model.config, plan)
+    check_carried(decoder(model), plan)
     size = getattr(model, "_tp_size", None) or 1
     if size != plan.ranks:
         raise InputError(f"plan is for {plan.ranks} ranks, the model is shared by {size}: calibrate for {size} ranks")
@@ -267,10 +270,18 @@ def planned(source: str | Path, plan: SyncPlan | None) -> tuple[PretrainedConfig
         InputError: as `load` does, the number and plans of the other ranks aside.
     """
     config = load_config(source)
+    own = plan_of(config, str(source)) if plan is None or hasattr(config, "spd_plan") else None
     if plan is None:
-        plan = plan_of(config, str(source))
-    elif hasattr(config, "spd_plan") and plan != (own := plan_of(config, str(source))) and not own.original_weights:
-        raise InputError(f"{source} was healed for another plan than the one given: leave the plan out")
+        assert own is not None
+        plan = own
+    elif own is None or _computed(plan) != _computed(own):
+        if own is not None and not own.original_weights:
+            raise InputError(f"{source} was healed for another plan than the one given: leave the plan out")
+        if not plan.original_weights:
+            raise InputError(
+                f"plan was carried out on blocks {sorted({*plan.corrections, *plan.healed, *plan.heads})} of another "
+                f"model than {source}: give the checkpoint that was saved with it"
+            )
     check_fits(config, plan)
     heads, kv_heads, _ = attention_shape(config.get_text_config())
     intermediate = intermediate_size(config.get_text_config())
@@ -288,6 +299,11 @@ def planned(source: str | Path, plan: SyncPlan | None) -> tuple[PretrainedConfig
                 "differ by more than one: calibrate for a number of ranks that divides it"
             )
     return config, plan
+
+
+def _computed(plan: SyncPlan) -> SyncPlan:
+    """`plan` less what changes no arithmetic: what is still to do and what was measured."""
+    return replace(plan, healing={}, model=None, calibration=None, verified=None)
 
 
 def _agreed(plan: SyncPlan | None, error: InputError | None) -> SyncPlan:
