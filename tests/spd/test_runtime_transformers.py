@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from elision.errors import InputError
@@ -45,6 +48,18 @@ CASES: dict[int, list[Case]] = {
 }
 
 
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def without(source: str, place: Path, name: str, instead: torch.Tensor | None = None) -> str:
+    """A copy of a checkpoint that lacks one tensor, or has another in its stead."""
+    shutil.copytree(source, place)
+    tensors = load_file(place / "model.safetensors")
+    tensors.pop(name)
+    save_file(tensors | ({} if instead is None else {name: instead}), place / "model.safetensors", {"format": "pt"})
+    return str(place)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """All that real processes have to do here, in one run of 2 ranks and one of 4: starting them is what takes time."""
@@ -67,6 +82,7 @@ def runs(tmp_path_factory):
         "plans": (served.refused, ([full, empty],)),
         "missing": (served.refused, ([full, str(room / "nowhere")],)),
         "number": (served.refused, ([four, four],)),
+        "lacking": (served.refused, ([full, without(full, room / "lacking", UP)],)),
         "cast": (served.serve, ([full_corrected], torch.bfloat16)),
         "lose": (served.lose, (full, 1, "failed")),
     }
@@ -196,6 +212,31 @@ def test_a_plan_that_was_carried_out_on_other_weights_is_refused(plan, blocks, t
             runtime.drop_syncs(runtime.load(original, drop=False), plan)
         place = checkpoint(tmp_path / "own", "llama", plan)
         runtime.load(place, replace(plan, healing={0: "correct"}))  # which says nothing of the weights
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path, runs):
+    place = checkpoint(tmp_path / "model", "llama", SyncPlan(1, (1,)))
+    with pytest.raises(InputError, match=f"holds no tensor {UP}: save it again, with save_pretrained"):
+        runtime.load(without(place, tmp_path / "lacking", UP))
+    with pytest.raises(InputError, match=rf"{UP} has shape \(4, 4\), the config makes it \(40, 24\): give a"):
+        runtime.load(without(place, tmp_path / "other", UP, torch.zeros(4, 4)))
+    weights = Path(place) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"cannot be read .*: fetch or save it again"):
+        runtime.load(place)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"cannot be read .*: fetch or save it again"):
+        runtime.load(place)
+    first, second = runs[2]["lacking"]  # the rank whose checkpoint is whole hears of the other's
+    assert (
+        second.endswith(f"holds no tensor {UP}: save it again, with save_pretrained") and first == f"rank 1: {second}"
+    )
+
+
+def test_tied_weights_are_not_missed(tmp_path):
+    place = checkpoint(tmp_path / "model", "llama", SyncPlan(1, (1,)), tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(Path(place) / "model.safetensors")
+    runtime.load(place)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
@@ -65,7 +66,8 @@ def load(
         drop: whether the planned syncs are dropped now; `drop_syncs` does it later.
 
     Raises:
-        InputError: no plan, or one that does not fit the model, the number of processes or the other ranks' plans.
+        InputError: no plan, or one that does not fit the model, the number of processes or the other ranks' plans;
+            weights that are missing, truncated or of another shape than the config's, on this rank or another.
     """
     error: InputError | None = None
     config: Any = None
@@ -76,18 +78,23 @@ def load(
     ranks.join()
     plan = _agreed(plan, error)
     ranks.check_number(plan.ranks)
-    model = _load_parallel(source, config, plan.ranks, dtype)
+    model: Any = None
+    try:
+        model = _load_parallel(source, config, plan.ranks, dtype)
+        # Beside the weights, so that from_pretrained casts and moves none of them.
+        corrections = {
+            index: {name: tensor.to(model.device, model.dtype) for name, tensor in tensors.items()}
+            for index, tensors in corrections_of(source, plan).items()
+        }
+        setattr(model, _CORRECTIONS, corrections)
+    except InputError as caught:
+        error = caught
+    except (OSError, SafetensorError) as caught:
+        what = " ".join(str(caught).split())[:200]
+        error = InputError(f"weights of model {source} cannot be read ({what}): fetch or save it again")
+    _agreed(plan, error)
     ranks.limit(timeout, *_groups(model))
     setattr(model, _LIMIT, timeout)
-    corrections = corrections_of(source, plan)  # beside the weights, so that from_pretrained casts and moves none
-    setattr(
-        model,
-        _CORRECTIONS,
-        {
-            index: {name: tensor.to(model.device, model.dtype) for name, tensor in tensors.items()}
-            for index, tensors in corrections.items()
-        },
-    )
     if drop:
         drop_syncs(model, plan)
     return model
@@ -331,12 +338,31 @@ def _words(plan: SyncPlan) -> str:
 def _load_parallel(
     source: str | Path, config: PretrainedConfig, size: int, dtype: torch.dtype | str
 ) -> PreTrainedModel:
-    """The model with this rank's shards of its weights, all syncs in place."""
+    """The model with this rank's shards of its weights, all syncs in place.
+
+    Raises:
+        InputError: the checkpoint lacks a tensor, or has one of another shape.
+    """
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     # A subclass for the time of loading, because only a class can say which tensors of a checkpoint are not its own.
     loader: Any = type(kind.__name__, (kind,), {"_keys_to_ignore_on_load_unexpected": [rf"\.{CORRECTION}\."]})
     parallel = DistributedConfig(tp_size=size, tp_plan=_styles(config))
-    model = loader.from_pretrained(model_path(source), config=config, dtype=dtype, distributed_config=parallel)
+    model, info = loader.from_pretrained(
+        model_path(source),
+        config=config,
+        dtype=dtype,
+        distributed_config=parallel,
+        ignore_mismatched_sizes=True,  # refused below, where the sentence can name the tensor
+        output_loading_info=True,
+    )
+    if absent := sorted(info["missing_keys"]):  # transformers makes them up, at random, with a warning; tied ones aside
+        raise InputError(f"model {source} holds no tensor {absent[0]}: save it again, with save_pretrained")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise InputError(
+            f"model {source}: {name} has shape {tuple(found)}, the config makes it {tuple(wanted)}: give a checkpoint "
+            "that is whole"
+        )
     model.__class__ = kind
     if config.model_type == "opt":  # its attention counts heads by an attribute
         for block in decoder(model).blocks:
