@@ -143,6 +143,16 @@ def toggle(rank: int, place: str, plan: SyncPlan) -> dict[str, Tensor]:
     return seen
 
 
+def otherwise_corrected(rank: int, place: str, plan: SyncPlan) -> str:
+    """The sentence with which a plan is refused that corrects a checkpoint's block in another way than its own."""
+    model = runtime.load(place, drop=False)
+    try:
+        runtime.drop_syncs(model, plan)
+    except InputError as error:
+        return str(error)
+    return "dropped"
+
+
 def sample(rank: int, place: str) -> Tensor:
     """Sampled tokens, from a random state that differs from rank to rank."""
     model = runtime.load(place)

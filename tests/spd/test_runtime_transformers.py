@@ -83,6 +83,7 @@ def runs(tmp_path_factory):
         "missing": (served.refused, ([full, str(room / "nowhere")],)),
         "number": (served.refused, ([four, four],)),
         "lacking": (served.refused, ([full, without(full, room / "lacking", UP)],)),
+        "kind": (served.otherwise_corrected, (full_corrected, replace(CORRECTED, corrections={1: "constant"}))),
         "cast": (served.serve, ([full_corrected], torch.bfloat16)),
         "lose": (served.lose, (full, 1, "failed")),
     }
@@ -125,6 +126,12 @@ def test_corrections_take_the_type_that_the_weights_are_loaded_in(runs):
         expected = log_probabilities(model)
     for (rank,) in runs[2]["cast"]:
         assert (rank["log_probabilities"] - expected).abs().mean() < 0.05  # ranks round their shares before the sum
+
+
+def test_a_correction_of_another_kind_than_the_plan_names_is_refused(runs):
+    assert set(runs[2]["kind"]) == {
+        "plan corrects block 1 by constant for 2 ranks, the checkpoint by gain for 2: use the plan that it carries"
+    }
 
 
 def test_an_empty_plan_is_transformers_own_parallelism_and_a_dropped_one_can_be_removed(runs):

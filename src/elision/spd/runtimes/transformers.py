@@ -155,7 +155,7 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
 
     Raises:
         InputError: the plan does not fit the model or its number of ranks, was carried out on other weights, corrects a
-            block for which the checkpoint has no correction, or a block's sync is dropped already.
+            block for which the checkpoint has no correction or another kind, or a block's sync is dropped already.
     """
     check_fits(model.config, plan)
     check_carried(decoder(model), plan)
@@ -169,6 +169,13 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
     corrections = getattr(model, _CORRECTIONS)
     if missing := sorted(set(plan.corrections) - set(corrections)):
         raise InputError(f"plan corrects block {missing[0]}, the checkpoint does not: use the plan that it carries")
+    for index, wanted in plan.corrections.items():
+        kind = next(iter(corrections[index].keys() - {"constant"}), "constant")
+        if (kind, len(corrections[index]["constant"])) != (wanted, size):
+            raise InputError(
+                f"plan corrects block {index} by {wanted} for {size} ranks, the checkpoint by {kind} for "
+                f"{len(corrections[index]['constant'])}: use the plan that it carries"
+            )
     blocks = [view.blocks[index] for index in (*plan.dropped, *plan.int8, *plan.skipped)]
     for block in blocks:
         if "forward" in vars(block.layer):
