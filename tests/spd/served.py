@@ -160,6 +160,17 @@ def sample(rank: int, place: str) -> Tensor:
     return runtime.generate(model, token_ids(seed=rank), max_new_tokens=NEW, do_sample=True, temperature=2.0)
 
 
+def late(rank: int, place: str) -> Tensor:
+    """Tokens of a second request, for which rank 0 comes later than an all-reduce would wait, and rank 1 the third."""
+    model = runtime.load(place, timeout=4.0)
+    ids = token_ids(rows=1)
+    for latest in (None, 0, 1):
+        if rank == latest:
+            time.sleep(6.0)
+        tokens = runtime.generate(model, ids, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    return tokens
+
+
 def refused(rank: int, places: list[str], plan: SyncPlan | None = None) -> str:
     """The sentence with which this rank's checkpoint is refused."""
     try:

@@ -84,6 +84,7 @@ def runs(tmp_path_factory):
         "number": (served.refused, ([four, four],)),
         "lacking": (served.refused, ([full, without(full, room / "lacking", UP)],)),
         "kind": (served.otherwise_corrected, (full_corrected, replace(CORRECTED, corrections={1: "constant"}))),
+        "late": (served.late, (full,)),
         "cast": (served.serve, ([full_corrected], torch.bfloat16)),
         "lose": (served.lose, (full, 1, "failed")),
     }
@@ -147,6 +148,11 @@ def test_ranks_sample_the_same_tokens_from_rank_0s_prompt(runs):
     first, second = runs[2]["sample"]
     assert torch.equal(first, second)
     assert torch.equal(first[:, : token_ids().shape[1]], token_ids(seed=0))
+
+
+def test_a_rank_that_is_late_for_a_request_is_waited_for(runs):
+    first, second = runs[2]["late"]
+    assert torch.equal(first, second)
 
 
 def test_ranks_with_different_or_broken_plans_refuse_to_start(runs):

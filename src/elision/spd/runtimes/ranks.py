@@ -23,6 +23,7 @@ from elision.errors import InputError
 from elision.spd.int8 import all_reduce_on_rank
 
 JOINING = timedelta(minutes=30)  # for loading: ranks may read their weights at different speed
+IDLE = timedelta(days=30)  # that ranks wait for rank 0's next request: as long as nobody asks
 MARGIN = 3.0  # seconds that a surviving rank may take from its timeout to its word in the store
 _KEY = "elision/stopped"
 
@@ -60,12 +61,17 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def from_first(value: Any) -> Any:
-    """Rank 0's `value`, on every rank."""
+def idle_group() -> dist.ProcessGroup | None:
+    """All ranks, for what they wait for without a limit; every rank calls this alike. None: there are no others."""
+    return dist.new_group(backend="gloo", timeout=IDLE) if dist.is_initialized() else None
+
+
+def from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Rank 0's `value`, on every rank of `group`; None: the default group."""
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
 
 

@@ -45,6 +45,7 @@ from elision.spd.simulate import check_carried
 
 TIMEOUT = 10.0  # seconds that a rank waits for another within one all-reduce
 _LIMIT = "_elision_timeout"
+_IDLE = "_elision_idle_group"
 _CORRECTIONS = "_elision_corrections"
 
 
@@ -95,6 +96,7 @@ def load(
     _agreed(plan, error)
     ranks.limit(timeout, *_groups(model))
     setattr(model, _LIMIT, timeout)
+    setattr(model, _IDLE, ranks.idle_group())
     if drop:
         drop_syncs(model, plan)
     return model
@@ -102,6 +104,8 @@ def load(
 
 def generate(model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], **options: Any) -> Tensor:
     """`model.generate` on all ranks alike: rank 0's inputs and options are everyone's, and samples are drawn alike.
+
+    Ranks wait for each other at its beginning for as long as it takes, so that rank 0 may wait for a user.
 
     Args:
         model: what `load` returned.
@@ -118,7 +122,8 @@ def generate(model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], **op
     with ranks.naming_the_lost(getattr(model, _LIMIT)):
         if dist.is_initialized():
             seed = int(torch.randint(2**62, ()))
-            given, options, seed = ranks.from_first((given, options, seed))
+            # Not under the limit of an all-reduce: rank 0 of a server comes here when somebody asks for something.
+            given, options, seed = ranks.from_first((given, options, seed), getattr(model, _IDLE))
             torch.manual_seed(seed)
         run: Any = model.generate
         return run(**{name: value.to(model.device) for name, value in given.items()}, **options)
