@@ -74,6 +74,15 @@ def test_bench_times_every_variant_in_turns(tmp_path):
     assert three == pytest.approx(3 * one)
 
 
+def test_bench_times_a_plan_that_only_skips_attention_and_names_no_ideal(tmp_path):
+    plan = SyncPlan(2, skipped=(1,))
+    place = checkpoint(tmp_path / "model", "llama", plan, **SIZES)
+    rows = launch(2, tasks.bench, place, plan, [Workload(1, 8)], 1, "auto")
+    ideal = {row["variant"]: row["ideal_ms"] for row in rows}
+    assert list(ideal) == ["all syncs", "plan", "all dropped", "all in int8"]
+    assert ideal["plan"] is None and ideal["all syncs"] is not None
+
+
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as a user starts it."""
     code = "from elision.cli import main; main()"
