@@ -114,11 +114,19 @@ def test_the_probe_command_fits_a_link(tmp_path):
     assert len(found["all_reduces"]) == 7
 
 
+def test_a_rank_that_torchrun_started_alone_has_nothing_to_probe(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some run")
+    result = CliRunner().invoke(app, ["spd", "probe"])
+    assert result.exit_code == 2
+    assert result.stderr == "error: one rank has no links to measure: start two or more\n"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["generate", "reference", "--prompt", "x"], "reference carries no spd_plan"),
         (["bench", "reference", "--ranks", "3"], "ranks=3 cannot share this model"),
+        (["bench", "reference", "--ranks", "1"], "the plan is for 1 rank, which has no syncs to time"),
         (["bench", "nowhere", "--ranks", "2"], "model 'nowhere' is not a directory"),
         (["bench", "reference", "--ranks", "2", "--plan", "p.json"], "--ranks 2 is given beside --plan"),
         (["generate", "reference", "--ranks", "2", "--prompt", "x", "--dtype", "int3"], "dtype 'int3' is not known"),

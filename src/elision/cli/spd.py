@@ -118,6 +118,8 @@ def bench(
     from elision.spd.runtimes.latency import Workload
 
     chosen = _plan(model, plan, ranks, dtype)
+    if chosen.ranks < 2:
+        raise InputError("the plan is for 1 rank, which has no syncs to time: give a plan for two or more, or --ranks")
     work = [Workload(rows, prompt_tokens[0], new_tokens) for rows in batch] + [Workload(1, n) for n in prompt_tokens]
     with run_directory(ctx, run) as kept:
         rows = _launch(chosen.ranks, tasks.bench, model, chosen, work, turns, dtype)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from elision.errors import InputError
 from elision.spd.costs import Link
 from elision.spd.plan import SyncPlan
 from elision.spd.runtimes.transformers import drop_syncs
@@ -89,7 +90,13 @@ def cold_all_reduce(size: int, turns: int, group: Any = None) -> float:
 
 
 def probe(sizes: Sequence[int] = SIZES, turns: int = 50, group: Any = None) -> tuple[Link, list[float]]:
-    """The links between these ranks, fitted to cold all-reduces of `sizes` bytes, and what each took in seconds."""
+    """The links between these ranks, fitted to cold all-reduces of `sizes` bytes, and what each took in seconds.
+
+    Raises:
+        InputError: this process is alone.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) < 2:
+        raise InputError("one rank has no links to measure: start two or more")
     seconds = [cold_all_reduce(size, turns, group) for size in sizes]
     return Link.fit(dist.get_world_size(group), sizes, seconds), seconds
 
