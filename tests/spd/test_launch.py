@@ -127,6 +127,8 @@ def test_a_rank_that_torchrun_started_alone_has_nothing_to_probe(monkeypatch):
         (["generate", "reference", "--prompt", "x"], "reference carries no spd_plan"),
         (["bench", "reference", "--ranks", "3"], "ranks=3 cannot share this model"),
         (["bench", "reference", "--ranks", "1"], "the plan is for 1 rank, which has no syncs to time"),
+        (["generate", "reference", "--ranks", "2", "--prompt", ""], "--prompt '' holds no token: give text"),
+        (["generate", "reference", "--ranks", "2", "--prompt", "x", "--prompt", ""], "--prompt '' holds no token"),
         (["bench", "nowhere", "--ranks", "2"], "model 'nowhere' is not a directory"),
         (["bench", "reference", "--ranks", "2", "--plan", "p.json"], "--ranks 2 is given beside --plan"),
         (["generate", "reference", "--ranks", "2", "--prompt", "x", "--dtype", "int3"], "dtype 'int3' is not known"),

@@ -73,6 +73,9 @@ def generate(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     given = tokenizer(prompt, return_tensors="pt", padding=True)
+    for text, real in zip(prompt, given["attention_mask"], strict=True):
+        if not real.any():
+            raise InputError(f"--prompt {text!r} holds no token: give text to go on from")
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0, "seed": seed}
     options |= {"temperature": temperature} if temperature else {}
     inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
