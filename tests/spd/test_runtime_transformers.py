@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from elision.errors import InputError
 from elision.spd import SyncPlan, simulate
 from elision.spd.runtimes import transformers as runtime
+from elision.spd.runtimes.checkpoint import corrections_of
 from tests.spd import served
 from tests.spd.served import Case, checkpoint, greedy, log_probabilities, model_of
 from tests.spd.tiny import CONFIGS, FAMILIES, tiny, token_ids
@@ -244,6 +245,21 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path, runs):
     assert (
         second.endswith(f"holds no tensor {UP}: save it again, with save_pretrained") and first == f"rank 1: {second}"
     )
+
+
+def test_corrections_of_a_hugging_face_id_are_found(tmp_path, monkeypatch):
+    place = checkpoint(tmp_path / "model", "llama", CORRECTED, **SIZES)
+    asked = []
+    monkeypatch.setattr(
+        "elision.spd.runtimes.checkpoint.snapshot_download", lambda name, **_: asked.append(name) or place
+    )
+    found = corrections_of("org/name", CORRECTED)
+    assert asked == ["org/name"]
+    assert {index: set(tensors) for index, tensors in found.items()} == {
+        0: {"constant"},
+        1: {"constant", "gain"},
+        2: {"constant", "local_o"},
+    }
 
 
 def test_tied_weights_are_not_missed(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -67,13 +68,18 @@ def check_fits(config: PretrainedConfig, plan: SyncPlan) -> None:
 def corrections_of(source: str | Path, plan: SyncPlan) -> dict[int, dict[str, Tensor]]:
     """The corrections that `plan` names, from the checkpoint's safetensors: block to name to tensor.
 
+    `source` is a directory, a Hugging Face id or "reference".
+
     Raises:
         InputError: the checkpoint lacks one of them.
     """
     found: dict[int, dict[str, Tensor]] = {index: {} for index in plan.corrections}
     if not found:
         return {}
-    for file in sorted(Path(model_path(source)).glob("*.safetensors")):
+    directory = Path(model_path(source)).expanduser()
+    if not directory.is_dir():  # a Hugging Face id, whose weights are fetched by now
+        directory = Path(snapshot_download(model_path(source), allow_patterns=["*.safetensors", "*.json"]))
+    for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118, it is no mapping
                 layer, _, name = key.partition(f".{NAME}.")
