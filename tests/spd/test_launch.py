@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from elision.cli import app
 from elision.errors import InputError
-from elision.loading import load_model
+from elision.loading import load_model, load_tokenizer
 from elision.spd import SyncPlan, simulate
 from elision.spd.runtimes import tasks
 from elision.spd.runtimes.latency import Workload
@@ -54,6 +54,18 @@ def test_a_rank_killed_in_mid_generation_ends_the_others_and_is_named(tmp_path):
     with pytest.raises(RankLostError, match="rank 1 was killed by SIGKILL; the other ranks were ended"):
         launch(2, launched.die, place)
     assert time.monotonic() - start < 120  # mostly loading; the others are ended within the launcher's first look
+
+
+def test_a_healed_checkpoint_raises_no_false_alarm(tmp_path, caplog, monkeypatch):
+    place = checkpoint(tmp_path / "model", "llama", SyncPlan(2, (0,), healed=(0,)), **SIZES)
+    load_tokenizer("reference").save_pretrained(place)
+    words = ["spd", "generate", place, "--prompt", ""]  # is refused once the tokenizer is there
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING)
+    assert "holds no token" in CliRunner().invoke(app, words).stderr
+    assert "model of type" not in caplog.text
+    load_tokenizer(place)
+    assert "You are using a model of type `spd_llama`" in caplog.text
 
 
 def test_a_process_of_torchrun_is_a_rank_and_starts_no_other(monkeypatch):
