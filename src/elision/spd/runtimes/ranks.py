@@ -63,7 +63,11 @@ def gather(value: Any) -> list[Any]:
 
 def idle_group() -> dist.ProcessGroup | None:
     """All ranks, for what they wait for without a limit; every rank calls this alike. None: there are no others."""
-    return dist.new_group(backend="gloo", timeout=IDLE) if dist.is_initialized() else None
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo", timeout=IDLE)
+    assert isinstance(group, dist.ProcessGroup)  # as it is where all ranks are in it
+    return group
 
 
 def from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:

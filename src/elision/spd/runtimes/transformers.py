@@ -77,6 +77,7 @@ def load(
     except InputError as caught:  # the other ranks must hear of it: they wait for this one
         error = caught
     ranks.join()
+    ranks.limit(ranks.JOINING.total_seconds())  # an earlier load may have set another, which is too short for this one
     plan = _agreed(plan, error)
     ranks.check_number(plan.ranks)
     model: Any = None
