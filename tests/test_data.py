@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,10 @@ def test_the_folder_of_data_can_be_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert data.shared_folder() == tmp_path
     monkeypatch.setenv("ELISION_DATA", str(tmp_path / "absent"))
     assert data.shared_folder() is None
+
+
+def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "one\N{LINE SEPARATOR}two\x85", "answer": "three"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(row) + "\n", encoding="utf-8")
+    assert [example.prompt for example in data.load_examples(path)] == [row["prompt"]] * 2

@@ -71,7 +71,7 @@ def load_examples(path: str | Path) -> list[Example]:
     remedy = "write .json as one list, .jsonl as a row a line"
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # JSON's strings may hold what else counts as an end
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:

@@ -14,6 +14,7 @@ from elision import blocks
 from elision.errors import InputError
 from elision.sparselora import narrow, sparsify
 from elision.sparselora.narrow import weight_norm
+from elision.sparselora.train import Settings, add_adapter
 from tests.sparselora import tiny
 from tests.sparselora.test_fast_apply import turns
 
@@ -158,3 +159,13 @@ def test_a_kind_that_is_not_covered_is_refused_when_it_comes() -> None:
         with pytest.raises(InputError, match="v_proj of layer 0 has adapter 'other' with DoRA and lora_dropout"):
             model(**turns())
         assert handle.forwards == {"sparse": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("llama", "k_proj o_proj q_proj v_proj"), ("phi3", "o_proj qkv_proj"), ("opt", "k_proj out_proj q_proj v_proj")],
+)
+def test_the_adapter_of_the_command_line_is_on_all_of_attention(family: str, names: str) -> None:
+    model = add_adapter(tiny.base(family), Settings(steps=1))
+    found = {name.split(".lora_A")[0].rsplit(".", 1)[1] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert found == set(names.split())

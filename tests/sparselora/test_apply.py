@@ -431,3 +431,25 @@ def test_labels_of_another_shape_are_refused_in_the_forward() -> None:
     model, inputs = tiny.lora(), tiny.batch()
     with sparsify(model, tiny.plan(model)), pytest.raises(InputError, match=r"attention_mask has shape \(2, 1, 8, 8\)"):
         model(**{**inputs, "attention_mask": torch.ones(2, 1, 8, 8, dtype=torch.bool)})
+
+
+def test_labels_of_another_length_are_refused() -> None:
+    model = tiny.lora()
+    ids = torch.randint(3, 61, (2, 10))
+    labels = ids[:, :8].clone()
+    labels[:, :5] = -100
+    with sparsify(model, tiny.plan(model)), pytest.raises(InputError, match=r"labels have shape \(2, 8\), the inputs"):
+        model(input_ids=ids, labels=labels)
+
+
+@pytest.mark.parametrize("kept", ["tail", "padding", "logits"])
+def test_sparse_outputs_beside_dense_rows_take_the_reference(kept: str) -> None:
+    """The fast step takes a prefix of its rows as sparse; dense rows in between would be taken for them."""
+    model, batch = tiny.lora(), tiny.batch()
+    plan, elisions = tiny.plan(model, 0.5, dense_outputs=False), sparselora.Elisions(**{kept: False})
+    losses = []
+    for path in ("reference", "auto"):
+        with sparsify(model, plan, path=path, elisions=elisions) as handle:
+            losses.append(tiny.loss_of(model, **batch).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert "reference (sparse output tokens beside dense rows that are not left out)" in handle.paths

@@ -271,3 +271,32 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(InputError, match=message):
             calibrate(model, batches, flops=0.5)
+
+
+def test_what_was_measured_of_another_model_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    def dense(model: Any, state: Path | None) -> float:
+        found = quick(model, flops=0.95, state=state).calibration
+        assert found is not None
+        return found.loss
+
+    def scaled(model: Any) -> None:
+        for module in model.modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                module.scaling["default"] *= 5
+
+    changes = [
+        lambda model: [block.down.base.weight.data.mul_(3.0) for block in blocks.decoder(model).blocks],
+        lambda model: model.get_output_embeddings().weight.data.mul_(4.0),
+        lambda model: blocks.decoder(model).blocks[0].layer.input_layernorm.weight.data.mul_(2.0),
+        scaled,
+    ]
+    for number, change in enumerate(changes):
+        model, state = tiny.lora("llama"), tmp_path / f"{number}.json"
+        before = dense(model, state)
+        change(model)
+        assert dense(model, state) == dense(model, None) != before
+
+
+def test_sparsities_that_keep_as_many_channels_are_one_point() -> None:
+    plan = quick(tiny.lora("llama"), flops=0.9, grid=(0.5, 0.9, 0.99, 0.995))
+    assert plan.calibration is not None and plan.calibration.flops["full"] <= 0.9 + 1e-9

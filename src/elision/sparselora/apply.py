@@ -50,7 +50,7 @@ from elision.sparselora.factors import Factors, estimated
 from elision.sparselora.fast import Fast, Step
 from elision.sparselora.plan import ModelFacts, SparsityPlan
 from elision.sparselora.reference import ABSENT, MaskedLinear, masked
-from elision.sparselora.rows import Elisions, arrange
+from elision.sparselora.rows import Elisions, arrange, between
 from elision.sparselora.standin import StandIn, eagerly
 from elision.sparselora.tokens import TokenKinds
 from elision.sparselora.trainers import LABELS, announce, schedule
@@ -305,16 +305,18 @@ class SparseHandle:
 
     def _route(self, call: dict[str, Any], labels: Tensor, kinds: TokenKinds, rows: Tensor | None) -> None:
         """Set the fast step of a training forward, or name why there is none."""
+        assert self._fast is not None
+        elisions, inside = self._fast.elisions, call.get("labels") is not None
+        if not inside:
+            elisions = replace(elisions, logits=False).effective()
         at, obstacle = self._obstacle(call, labels)
+        if obstacle is None and rows is not None and between(kinds, rows, elisions):
+            obstacle = "sparse output tokens beside dense rows that are not left out"
         if obstacle is not None:
             if self._path == "fast":
                 raise InputError(_uncovered(obstacle))
             self._count(f"reference ({obstacle})")
             return
-        assert self._fast is not None
-        elisions, inside = self._fast.elisions, call.get("labels") is not None
-        if not inside:
-            elisions = replace(elisions, logits=False).effective()
         self._count("fast" if inside else "fast, with all logits (no labels in the call)")
         mask, positions = (None if call.get(n) is None else call[n].cpu() for n in ("attention_mask", "position_ids"))
         arranged = arrange(kinds, labels, mask, positions, rows, elisions)
@@ -362,6 +364,10 @@ class SparseHandle:
             if torch.is_grad_enabled() and self._done is not None:
                 self._warn_unlabelled()
             return None, None, "no labels in the call"
+        inputs = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        if inputs is not None and labels.shape != inputs.shape[:2]:
+            shapes = f"{tuple(labels.shape)}, the inputs {tuple(inputs.shape[:2])}"
+            raise InputError(f"labels have shape {shapes}: give them the same (batch, sequence)")
         if call.get("past_key_values") is not None:
             return None, None, "a key/value cache in the call"
         if reason := idle(model):

@@ -132,7 +132,7 @@ def calibrate(
             (layer, part): tuple(next(rest) - dense for _ in grid) for layer in range(facts.layers) for part in PARTS
         }
         items = list(curves)
-        savings = {item: [cost.saving(*item, sparsity) for sparsity in grid] for item in items}
+        steps = {item: _growing(grid, [cost.saving(*item, sparsity) for sparsity in grid]) for item in items}
 
         def plan_of(found: Allotment) -> SparsityPlan:
             by_item = {item: cost.sparsity(*item, point) for item, point in zip(items, found.points, strict=True)}
@@ -150,7 +150,7 @@ def calibrate(
         def in_company(taken: Allotment) -> list[list[Point]]:
             plan = plan_of(taken)
             left = [
-                [Point(s, saving, 0.0) for s, saving in zip(grid, savings[item], strict=True) if saving > point.saving]
+                [Point(grid[i], saving, 0.0) for i, saving in steps[item] if saving > point.saving]
                 for item, point in zip(items, taken.points, strict=True)
             ]
             more = [
@@ -165,10 +165,7 @@ def calibrate(
                 for before, curve in zip(taken.points, left, strict=True)
             ]
 
-        alone = [
-            [Point(*each) for each in zip(grid, savings[item], curves[item], strict=True) if each[1] > 0]
-            for item in items
-        ]
+        alone = [[Point(grid[i], saving, curves[item][i]) for i, saving in steps[item]] for item in items]
         walk = Walk(alone, in_company, LEGS)
         if budget == "max_loss":
             hoped = allot(alone, increase=math.log1p(limit)).saving
@@ -203,6 +200,15 @@ def calibrate(
             rehearsed=len(lessons),
         ),
     )
+
+
+def _growing(grid: Sequence[float], savings: Sequence[float]) -> list[tuple[int, float]]:
+    """Places in the grid with their saving, where that exceeds all before: of few channels as many may be kept."""
+    found: list[tuple[int, float]] = []
+    for place, _ in enumerate(grid):
+        if savings[place] > (found[-1][1] if found else 0.0):
+            found.append((place, savings[place]))
+    return found
 
 
 def _changed(plan: SparsityPlan, layer: int, part: Part, sparsity: float) -> SparsityPlan:

@@ -24,7 +24,7 @@ from elision import blocks, files
 from elision.errors import InputError
 from elision.layerwise import fingerprint, hash_tensor
 from elision.progress import progress
-from elision.sparselora import factors
+from elision.sparselora import sweep
 from elision.sparselora.apply import lossless
 
 WARMUP = 4  # steps, of a rate that is constant from there on
@@ -110,7 +110,7 @@ def _key(
     model: nn.Module, batches: Sequence[Mapping[str, Tensor]], adapter: Mapping[str, Tensor], learning_rate: float
 ) -> str:
     """Names what is learned by everything that it depends on."""
-    settings = [fingerprint(batches), factors.fingerprint(blocks.decoder(model)), learning_rate]
+    settings = [fingerprint(batches), sweep.weights_of(blocks.decoder(model), model), learning_rate]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(adapter.items()):
         hash_tensor(digest, name, tensor)

@@ -84,6 +84,24 @@ class Rows:
         return replace(self, **moved)
 
 
+def _left_out(kinds: TokenKinds, elisions: Elisions) -> Tensor:
+    """(batch, sequence), True at tokens that have no row."""
+    left_out = torch.zeros_like(kinds.dense)
+    if elisions.padding:
+        left_out |= kinds.padding
+    if elisions.tail:
+        left_out |= kinds.elided
+    return left_out
+
+
+def between(kinds: TokenKinds, sparse: Tensor, elisions: Elisions) -> bool:
+    """Whether dense rows would stand between sparse context and sparse outputs, so that neither `Rows.sparse` nor any
+    other prefix tells the sparse ones.
+    """
+    dense = ~_left_out(kinds, elisions) & ~sparse & ~kinds.loss_bearing
+    return bool((sparse & kinds.loss_bearing).any()) and bool(dense.any())
+
+
 def arrange(
     kinds: TokenKinds,
     labels: Tensor,
@@ -102,11 +120,7 @@ def arrange(
         sparse: (batch, sequence), True at the tokens computed sparsely; None: nowhere.
         elisions: what is left out.
     """
-    left_out = torch.zeros_like(kinds.dense)
-    if elisions.padding:
-        left_out |= kinds.padding
-    if elisions.tail:
-        left_out |= kinds.elided
+    left_out = _left_out(kinds, elisions)
     sparse = torch.zeros_like(left_out) if sparse is None else sparse
     position = (~left_out).flatten().nonzero().squeeze(1)
     kind = (1 - (sparse & ~kinds.loss_bearing).long() + kinds.loss_bearing.long()).flatten()[position]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,6 +45,7 @@ from elision.streaming import resident
 Batch = Mapping[str, Tensor]
 Choice = tuple[float, ...]  # sparsities by part and layer: ffn of all layers, then qk, then vo
 
+_SAMPLE = 4096  # entries of a weight that tell it from another
 _HEAD_ROWS = 1024  # positions per call of the output head: bounds the logits' memory
 
 
@@ -224,7 +226,7 @@ def _key(
 ) -> str:
     """Names a measurement by everything that it depends on."""
     switches = [plan.selection, plan.rank, plan.rotary_pairs, plan.dense_outputs, plan.seed]
-    weights = factoring.fingerprint(view)
+    weights = weights_of(view, model)
     digest = hashlib.sha256(json.dumps([fingerprint(batches), weights, switches, choices]).encode())
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
@@ -233,6 +235,32 @@ def _key(
         hash_tensor(digest, f"{name}.b", pair[0])
         hash_tensor(digest, f"{name}.a", pair[1])
     return digest.hexdigest()[:16]
+
+
+def weights_of(view: blocks.Decoder, model: nn.Module) -> str:
+    """Hash of what a loss depends on beside the adapters' tensors: samples of all weights, and how adapters are set."""
+    digest = hashlib.sha256(factoring.fingerprint(view).encode())
+
+    def sample(name: str, weight: Tensor) -> None:
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        entries = weight.detach().reshape(-1)[:: max(1, weight.numel() // _SAMPLE)]
+        digest.update(entries.to("cpu", torch.float32).numpy().tobytes())
+
+    for block in view.blocks:
+        with resident(block.layer):
+            for name, projection in block.projections.items():
+                sample(f"{block.index} {name}", projection.matrix)
+            for name, parameter in block.layer.named_parameters():
+                if parameter.ndim == 1 and parameter.is_floating_point():  # norms and biases
+                    sample(f"{block.index} {name}", parameter)
+    for name, parameter in view.model.named_parameters():
+        if ".layers." not in name and parameter.is_floating_point() and parameter.device.type != "meta":
+            sample(name, parameter)
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            settings = [module.active_adapters, sorted(module.scaling.items()), module.merged, module.disable_adapters]
+            digest.update(json.dumps([name, *settings]).encode())
+    return digest.hexdigest()
 
 
 def check(batches: Any, vocabulary: int) -> list[Batch]:

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elision import data
+from elision import blocks, data
 from elision.errors import InputError
 from elision.sparselora.apply import sparsify
 from elision.sparselora.factors import Factors
 from elision.sparselora.plan import SparsityPlan
 
 BOARDS = "TENSORBOARD_LOGGING_DIR"  # of transformers' integration
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,14 @@ def add_adapter(model: Any, settings: Settings) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(settings.seed)
-    targets = [name for name in TARGETS if any(path.endswith(f".{name}") for path, _ in model.named_modules())]
+    block = blocks.decoder(model).blocks[0]
+    targets = sorted({part.attribute for part in (block.q, block.k, block.v, block.o)})  # fused in some families
     return get_peft_model(
         model,
         LoraConfig(
             r=settings.rank,
             lora_alpha=2 * settings.rank,
-            target_modules=targets or "all-linear",
+            target_modules=targets,
             task_type="CAUSAL_LM",
         ),
     )
