@@ -133,7 +133,7 @@ def test_sparselora_quality(
     recipe["tasks"] = {"bus": {"family": "bus", "train": 8, "test": 4}}
     for name, how in recipe["variants"].items():
         how |= {key: 0.9 for key in ("flops", "uniform") if key in how}
-        kinds = ("46%, sparse outputs", "46%, whitened", "LoRA, 46% of the steps")
+        kinds = ("46%, uniform", "46%, sparse outputs", "46%, whitened", "LoRA, 46% of the steps")
         how["tier"] = how["tier"] if how["tier"] == 1 or name in kinds else 9
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     page, out = tmp_path / "page.md", tmp_path / "out"

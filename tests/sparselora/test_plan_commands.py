@@ -157,7 +157,7 @@ def test_training_reports_through_trainers_integrations(
         (("calibrate", "--selection", "magic"), "selection 'magic' is not known"),
         (("bench", "--plan", "plan.json", "--sparsity", 0.5), "--plan and --sparsity are both given"),
         (("bench", "--plan", "llama3-8b/math10k"), "this model has layers 2"),
-        (("bench", "--plan", "absent.json"), "absent.json is not a file"),
+        (("bench", "--plan", "absent.json"), "absent.json is neither a file nor a preset"),
         (("bench", "--plan", "llama3-8b/math10k", "--mode", "o1"), "--mode o1 goes with --plan DIRECTORY"),
     ],
     ids=str,
