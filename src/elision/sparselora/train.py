@@ -5,20 +5,22 @@ What `elision sparselora train` and the demo run. Anyone with a Trainer of their
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elision import blocks, data
+from elision import blocks, data, files
 from elision.errors import InputError
 from elision.sparselora.apply import sparsify
 from elision.sparselora.factors import Factors
@@ -96,13 +98,16 @@ def train(
         The log of the Trainer: dicts with "step" and "loss".
 
     Raises:
-        InputError: nothing to train on, a `report_to` that is not installed, or what `sparsify` refuses.
+        InputError: nothing to train on, checkpoints of another run beside `out`, a `report_to` that is not installed,
+            or what `sparsify` refuses.
     """
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
     rows = data.encode(tokenizer, examples, settings.max_length)
+    out = out.resolve()
     work = out.with_name(f"{out.name}.training")
+    _check_identity(work, _identity(model, rows, plan, settings))
     arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=settings.batch,
@@ -138,7 +143,11 @@ def train(
     finally:
         if handle is not None:
             handle.remove()
-    model.save_pretrained(str(out))
+    whole = work / "adapter"  # a kill while it is written leaves no half adapter at `out`
+    model.save_pretrained(str(whole))
+    if out.is_dir():
+        out.rmdir()  # empty, or this says that it is not
+    whole.rename(out)
     shutil.rmtree(work, ignore_errors=True)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
@@ -168,6 +177,28 @@ def _tensorboard_in(place: Path) -> Iterator[None]:
     finally:
         if before is None:
             del os.environ[BOARDS]
+
+
+def _identity(
+    model: Any, rows: Sequence[dict[str, list[int]]], plan: SparsityPlan | None, settings: Settings
+) -> dict[str, Any]:
+    """What a run is made of: its checkpoints are of use to no other."""
+    trained = [[name, list(p.shape), str(p.dtype)] for name, p in model.named_parameters() if p.requires_grad]
+    told = {"data": rows, "plan": None if plan is None else plan.to_dict(), "adapter": trained}
+    hashed = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in told.items()}
+    return {**asdict(settings), **hashed}
+
+
+def _check_identity(work: Path, identity: dict[str, Any]) -> None:
+    """Raise InputError where `work` has checkpoints of another run; else note whose they will be."""
+    if _last_checkpoint(work) is not None:
+        found = files.read_json(work / "run.json", "run")
+        if other := [name for name, value in identity.items() if found.get(name) != value]:
+            raise InputError(
+                f"{work} has checkpoints of a run with other {', '.join(other)}: run that again to finish it, or "
+                "delete the directory"
+            )
+    files.write_json(work / "run.json", identity)
 
 
 def _last_checkpoint(work: Path) -> str | None:

@@ -1,0 +1,75 @@
+"""The fine-tuning of the command line: what an interrupted run leaves is taken up by the same run and no other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from elision import reference_model
+from elision.data import Example
+from elision.errors import InputError
+from elision.sparselora import SparsityPlan
+from elision.sparselora.train import Settings, add_adapter, train
+
+EXAMPLES = [Example(f"Count to {n}:", " ".join(map(str, range(1, n + 1)))) for n in range(2, 10)]
+SETTINGS = Settings(steps=4, batch=2, rank=2, checkpoints=4)
+
+
+class Stop(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def run(out: Path, settings: Settings = SETTINGS, sparsity: float = 0.5, count: int = 8, stop: bool = False) -> None:
+    base, tokenizer = reference_model.load()
+    plan = SparsityPlan.uniform(base, sparsity, selection="weights")
+    callbacks = [Stop()] if stop else []
+    train(add_adapter(base, settings), tokenizer, EXAMPLES[:count], plan, out, settings, callbacks=callbacks)
+
+
+def test_an_interrupted_run_is_gone_on_with_by_itself_alone(tmp_path: Path) -> None:
+    run(tmp_path / "straight")
+    out = tmp_path / "adapter"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, stop=True)
+    assert list((tmp_path / "adapter.training").glob("checkpoint-*")) and not out.exists()
+    for other, name in (
+        ({"settings": replace(SETTINGS, rank=4)}, "rank, adapter"),
+        ({"settings": replace(SETTINGS, learning_rate=1e-3, seed=1)}, "learning_rate, seed"),
+        ({"sparsity": 0.75}, "plan"),
+        ({"count": 6}, "data"),
+    ):
+        with pytest.raises(InputError, match=rf"adapter.training has checkpoints of a run with other {name}: run that"):
+            run(out, **other)
+    run(out)
+    assert not (tmp_path / "adapter.training").exists()
+    for path in (tmp_path / "straight").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_kill_while_the_adapter_is_written_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = PeftModel.save_pretrained
+
+    def torn(model: Any, path: str, **settings: Any) -> None:
+        if not path.endswith("adapter"):  # a checkpoint
+            return save(model, path, **settings)
+        Path(path).mkdir(parents=True)
+        (Path(path) / "adapter_model.safetensors").write_bytes(b"torn")
+        raise KeyboardInterrupt
+
+    out = tmp_path / "adapter"
+    with monkeypatch.context() as patched:
+        patched.setattr("peft.PeftModel.save_pretrained", torn)
+        with pytest.raises(KeyboardInterrupt):
+            run(out)
+    assert not out.exists()
+    run(out)
+    assert (out / "adapter_config.json").is_file()
