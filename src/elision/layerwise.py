@@ -31,13 +31,16 @@ def layer_calls(view: Decoder, inputs: Mapping[str, Tensor]) -> list[tuple[Tenso
         return hidden_states
 
     layers = [block.layer for block in view.blocks]
+    own = [vars(layer).get("forward") for layer in layers]  # accelerate's, which moves what the layer needs
     try:
         for layer in layers:
             layer.forward = note
         view.model.base_model(**inputs, use_cache=False)
     finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
     return calls
 
 

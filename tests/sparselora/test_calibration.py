@@ -300,3 +300,13 @@ def test_what_was_measured_of_another_model_is_not_taken_for_this_one(tmp_path: 
 def test_sparsities_that_keep_as_many_channels_are_one_point() -> None:
     plan = quick(tiny.lora("llama"), flops=0.9, grid=(0.5, 0.9, 0.99, 0.995))
     assert plan.calibration is not None and plan.calibration.flops["full"] <= 0.9 + 1e-9
+
+
+def test_a_forward_that_stood_before_a_layer_stands_there_again() -> None:
+    """As accelerate's hooks do, on a model that a device_map has dispatched."""
+    model = tiny.lora("llama")
+    layers = [block.layer for block in blocks.decoder(model).blocks]
+    own = layers[0].forward
+    layers[0].forward = own
+    quick(model, max_loss=0.1)
+    assert [vars(layer).get("forward") for layer in layers] == [own, None]
