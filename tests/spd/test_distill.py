@@ -224,10 +224,11 @@ class TestStateDirectory:
         heal(other, PLAN, DATA, recipe=Recipe(epochs=2, seed=1), state=tmp_path / "state", quiet=True)
         assert bits(other) != bits(model)
 
-    @pytest.mark.parametrize("what", ["weights", "data", "plan"])
+    @pytest.mark.parametrize("what", ["weights", "config", "data", "plan"])
     def test_another_healing_does_not_find_it(self, what, tmp_path):
         heal(tiny("llama"), PLAN, DATA, recipe=QUICK, state=tmp_path, quiet=True)
-        model, data = tiny("llama", seed=int(what == "weights")), DATA[what == "data" :]
+        changed = {"rms_norm_eps": 0.1} if what == "config" else {}
+        model, data = tiny("llama", seed=int(what == "weights"), **changed), DATA[what == "data" :]
         plan = SyncPlan(RANKS, (0, 1)) if what == "plan" else PLAN
         twin = copy.deepcopy(model)
         heal(model, plan, data, recipe=QUICK, state=tmp_path, quiet=True)

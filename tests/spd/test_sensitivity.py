@@ -149,15 +149,18 @@ class TestStateFile:
         assert state.read_bytes() == before
         assert sensitivity(model, DATA, 6, state=state, quiet=True) != first
 
-    @pytest.mark.parametrize("what", ["weights", "data", "labels"])
+    @pytest.mark.parametrize("what", ["weights", "data", "labels", "config"])
     def test_another_measurement_does_not_find_it(self, what, tmp_path):
         model, state = tiny("llama"), tmp_path / "state.json"
         first = sensitivity(model, DATA[1:], 3, state=state, quiet=True)
         ids = DATA[1]["input_ids"]
-        batch = {"weights": {}, "data": {"input_ids": ids.flip(1)}, "labels": {"labels": ids.roll(1, 0)}}[what]
+        batch = {"weights": {}, "data": {"input_ids": ids.flip(1)}, "labels": {"labels": ids.roll(1, 0)}}.get(what, {})
         if what == "weights":
             with torch.no_grad():
                 model.model.layers[2].mlp.down_proj.weight[0, 0] += 1.0
+        if what == "config":
+            model = tiny("llama", rope_parameters={"rope_type": "default", "rope_theta": 10.0})
+            assert bits(model) == bits(tiny("llama"))
         second = sensitivity(model, [{**DATA[1], **batch}], 3, state=state, quiet=True)
         assert second != first
         assert second == sensitivity(model, [{**DATA[1], **batch}], 3, quiet=True)

@@ -51,6 +51,8 @@ Way = tuple[str, int, str | None] | None  # how a block is treated, for how many
 VERSION = 2  # of the state file
 IGNORED = -100  # label of a position that is not scored, as in torch's cross-entropy
 HEAD_ROWS = 1024  # positions per call of the output head: bounds the logits' memory
+ORIGIN = ("_name_or_path", "architectures", "dtype", "spd_plan", "transformers_version")  # of a config: where a model
+# came from and how it is kept, which differs between copies that compute the same
 
 
 class Quality(NamedTuple):
@@ -283,7 +285,12 @@ def _key(view: Decoder, batches: Sequence[Batch], ways: Sequence[tuple[Way, ...]
 
 
 def hash_weights(digest: Any, view: Decoder) -> None:
-    """Feed every tensor of the model to a hashlib digest, block by block: the same whether it is streamed or not."""
+    """Feed every tensor of the model to a hashlib digest, block by block: the same whether it is streamed or not.
+
+    Its config too, because a rotary base, an epsilon, a window or a multiplier stands in no tensor.
+    """
+    settings = {name: value for name, value in view.model.config.to_dict().items() if name not in ORIGIN}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     layers = {
         f"{name}.": block
         for name, module in view.model.named_modules()
