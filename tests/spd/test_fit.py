@@ -94,6 +94,18 @@ def test_each_kind_guesses_the_missing_share_better_than_the_one_before():
     assert errors == sorted(errors, reverse=True) and errors[3] < 0.9 * errors[2] < 0.8 * errors[0]
 
 
+@pytest.mark.parametrize("kind", ["gain", "local_o"])
+def test_a_rank_whose_heads_are_zero_gets_the_constant_alone(kind):
+    model = tiny("llama", attention_bias=False)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[:4] = 0  # the key/value head of rank 0
+    constant = correct(model, SyncPlan(RANKS, (0,)), DATA, quiet=True).model.model.layers[0].spd_correction.constant
+    fitted = correct(model, SyncPlan(RANKS, (0,)), DATA, kind, quiet=True).model.model.layers[0].spd_correction
+    torch.testing.assert_close(fitted.constant[0], constant[0], rtol=0, atol=1e-12)
+    assert all(bool(parameter.isfinite().all()) for parameter in fitted.parameters())
+    assert fitted.local_o is None or torch.equal(fitted.local_o[:, :8], model_o(model, 0)[:, :8])
+
+
 def test_blocks_can_be_chosen_and_others_keep_what_they_have():
     model, plan = tiny("llama"), SyncPlan(RANKS, (0, 2))
     first = correct(model, plan, DATA, "gain", blocks=[0], quiet=True)

@@ -32,6 +32,7 @@ from elision.spd.simulate import Simulation, check_plain, covered, facts, head_o
 from elision.spd.streams import Batch, check_batches, check_weights, evaluating
 
 RIDGE = 1e-4  # of M_i - Wo_i, in units of the mean square of A_i's channels: keeps directions that hardly occur
+SILENT = 1e-12  # mean square taken for that of channels which put out less: a rank whose heads are zero keeps its Wo_i
 
 
 def correct(
@@ -163,6 +164,6 @@ class Moments:
             variance, covariance = yy - y * y, yd - y * d
             slopes = torch.where(variance > 1e-12 * yy, covariance / variance, 0.0)  # a channel that stands still
             return slopes, d - slopes * y
-        ridge = RIDGE * yy.diagonal().mean() * torch.eye(len(y), dtype=y.dtype, device=y.device)
+        ridge = RIDGE * yy.diagonal().mean().clamp_min(SILENT) * torch.eye(len(y), dtype=y.dtype, device=y.device)
         slopes = torch.linalg.solve(yy - torch.outer(y, y) + ridge, yd - torch.outer(y, d), left=True)
         return slopes, d - y @ slopes
