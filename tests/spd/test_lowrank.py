@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from elision import InputError
 from elision.blocks import decoder
-from elision.spd import Recipe, SyncPlan, heal, load_adapter, read, save_adapter
+from elision.spd import Recipe, SyncPlan, correct, heal, load_adapter, read, save_adapter
 from elision.spd.lowrank import LowRank, attach_lowrank, matrices, merged
 from elision.spd.streams import step
 from tests.spd.tiny import bits, tiny, token_ids
@@ -108,7 +110,7 @@ def test_what_is_no_adapter_or_for_another_base_is_refused_and_changes_nothing(t
     (tmp_path / "broken").write_bytes(b"no tensors")
     other = tiny("llama", seed=1)
     for model, file, match in (
-        (other, path, "was made for other weights in block 0: give the base that was healed"),
+        (other, path, "was made for other weights in block 0: give the base that was treated"),
         (tiny("llama", num_hidden_layers=2), path, "block 2 does not exist|layers"),
         (tiny("llama"), tmp_path / "none", "is not a file"),
         (tiny("llama"), tmp_path / "broken", "is not safetensors"),
@@ -117,6 +119,15 @@ def test_what_is_no_adapter_or_for_another_base_is_refused_and_changes_nothing(t
         with pytest.raises(InputError, match=match) as caught:
             load_adapter(model, file)
         assert "\n" not in str(caught.value) and bits(model) == state
+    fitted = save_adapter(*correct(tiny("llama"), SyncPlan(3, (1,)), DATA, "gain", quiet=True), tmp_path / "fitted")
+    assert load_adapter(tiny("llama"), fitted).plan.corrections == {1: "gain"}
+    with pytest.raises(InputError, match="was made for other weights in block 1"):
+        load_adapter(other, fitted)
+    assert bits(other) == bits(tiny("llama", seed=1))
+    unnamed = {name: tensor for name, tensor in load_file(fitted).items() if name != "1.base"}
+    save_file(unnamed, fitted, {"spd_plan": json.dumps(SyncPlan(3, (1,), {1: "gain"}).to_dict())})
+    with pytest.raises(InputError, match="does not say for which weights block 1 is: write it again"):
+        load_adapter(tiny("llama"), fitted)
     full = healed(recipe=Recipe(epochs=1))
     with pytest.raises(InputError, match="block 0 was healed in full"):
         save_adapter(*full, tmp_path / "full")

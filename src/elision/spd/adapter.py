@@ -6,10 +6,10 @@ safetensors, tensors by block:
 
     3.a.self_attn-q_proj, 3.b.self_attn-q_proj, 3.base       the factors (lowrank.py)
     3.vector.input_layernorm.weight                          vectors of a healed block, as they are after healing
-    3.correction.constant                                    its correction, if the plan names one
+    3.correction.constant, 3.base                            its correction, if the plan names one
 
-Factors hold for the weights that they were trained beside, heads regrouped where the plan says so. `base` is those
-weights' hash; another base, a fine-tuned one say, is refused.
+Factors and corrections hold for the weights that they were trained beside or fitted to, heads regrouped where the plan
+says so. `base` is those weights' hash; another base, a fine-tuned one say, is refused.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def save_adapter(model: nn.Module, plan: SyncPlan, path: str | Path) -> Path:
     for index, kind in plan.corrections.items():
         correction = correction_of(view.blocks[index], plan.ranks, kind)
         with resident(view.blocks[index].layer):
+            tensors.setdefault(f"{index}.base", fingerprint(view.blocks[index].layer))
             tensors |= {f"{index}.correction.{name}": tensor for name, tensor in correction.named_parameters()}
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"spd_plan": json.dumps(plan.to_dict())}
@@ -140,8 +141,11 @@ def _attach(block: Block, plan: SyncPlan, tensors: dict[str, Tensor], where: str
             if tensor is None or tensor.shape != shapes[name].shape:
                 raise InputError(f"{where} lacks {index}.{name} as the model needs it: it is for another model")
         _fill(lowrank, {name: tensor for name, tensor in own.items() if tensor is not None})
-        if not torch.equal(lowrank.base.cpu(), fingerprint(block.layer)):
-            raise InputError(f"{where} was made for other weights in block {index}: give the base that was healed")
+    base = tensors.get(f"{index}.base")
+    if base is None:
+        raise InputError(f"{where} does not say for which weights block {index} is: write it again with save_adapter")
+    if not torch.equal(base, fingerprint(block.layer)):
+        raise InputError(f"{where} was made for other weights in block {index}: give the base that was treated")
     if index in plan.corrections:
         own = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{index}.correction.")}
         fill(attach(block, plan.corrections[index], plan.ranks), own, f"{where}, block {index}")
