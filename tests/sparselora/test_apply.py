@@ -394,6 +394,18 @@ def test_a_sparse_model_is_not_made_sparse_again() -> None:
     sparsify(model, tiny.plan(model)).remove()
 
 
+@pytest.mark.parametrize("path", ["reference", "auto"])
+def test_nor_is_one_with_a_handle_that_masks_nothing(path: Any) -> None:
+    model = tiny.lora()
+    with sparselora.lossless(model, path=path):
+        refused(model, tiny.plan(model), r"model is sparse already: remove\(\) its first handle")
+        with pytest.raises(InputError, match="model is sparse already"):
+            sparselora.lossless(model)
+    with sparsify(model, tiny.plan(model)), pytest.raises(InputError, match="model is sparse already"):
+        sparselora.lossless(model)
+    sparselora.lossless(model, path=path).remove()
+
+
 def test_a_base_that_is_no_plain_linear_map_is_refused() -> None:
     class Quantised(nn.Linear):
         pass
