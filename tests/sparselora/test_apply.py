@@ -366,6 +366,9 @@ def test_refusals_name_what_is_wrong_and_change_nothing() -> None:
     refused(tiny.peft_model(tiny.base(), dropping), plan, named)
     ia3 = tiny.peft_model(tiny.base(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     refused(ia3, plan, "no LoRA adapter to train")
+    inside = LoraConfig(target_modules=["k_proj"], target_parameters=["self_attn.v_proj.weight"])
+    named = "v_proj of layer 0 has its adapter from target_parameters, which would be pruned with the base: name it"
+    refused(tiny.peft_model(tiny.base(), inside), plan, named)
     opt = tiny.lora("opt")
     refused(
         opt, tiny.plan(opt, rotary_pairs=True), "rotary_pairs is set, but 0 of 8 dimensions of a head rotate in opt"

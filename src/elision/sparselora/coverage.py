@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -90,6 +91,11 @@ def _check_adapter(where: str, projection: blocks.Projection) -> None:
     while isinstance(module, BaseTunerLayer):
         if not isinstance(module, LoraLayer):
             raise InputError(f"{where} has a {type(module).__name__} adapter: SparseLoRA covers LoRA, use LoraConfig")
+        if isinstance(module, ParamWrapper):  # its product is the base's own, of a weight with the adapter in it
+            raise InputError(
+                f"{where} has its adapter from target_parameters, which would be pruned with the base: name it in "
+                "target_modules of LoraConfig"
+            )
         for name, kind in variants(module).items():
             if kind != DORA:
                 raise InputError(f"{where} has adapter '{name}' of kind {kind}: SparseLoRA covers LoRA and DoRA")
