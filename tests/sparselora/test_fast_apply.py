@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from dataclasses import fields
@@ -364,17 +363,6 @@ def test_a_model_that_moves_or_is_replaced_meanwhile_is_laid_out_again() -> None
         assert not tiny.close(doubled, expected, 1e-6)
         assert handle.paths == {"fast": 2}
     assert tiny.close(run(model, inputs, "reference", plan), doubled)
-
-
-def test_a_copy_is_its_own() -> None:
-    model, inputs = tiny.lora(), turns()
-    with sparsify(model, tiny.plan(model), path="fast"):
-        expected = tiny.loss_and_gradients(model, **inputs)
-        twin = copy.deepcopy(model)
-    assert "forward" in vars(twin.get_base_model())
-    with torch.no_grad():
-        model.get_base_model().lm_head.weight.zero_()
-    assert tiny.close(tiny.loss_and_gradients(twin, **inputs), expected)
 
 
 def test_eval_generate_and_disabled_adapters_take_the_models_own_way() -> None:

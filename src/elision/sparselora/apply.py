@@ -71,7 +71,8 @@ def sparsify(
     """Make the LoRA fine-tuning of `model` sparse as `plan` says (METHODS section 1), until the handle is removed.
 
     On the fast path a training forward with labels returns its loss and no logits: `output.logits` is None there,
-    unless `elisions` asks for them. Forwards without labels, in eval mode or in generate are the model's own.
+    unless `elisions` asks for them. Forwards without labels, in eval mode or in generate are the model's own. A sparse
+    model cannot be copied (copy.deepcopy raises InputError): copy it before, or when the handle is removed.
 
     Args:
         model: a PEFT model with LoRA adapters, or a transformers model with such adapters added.
@@ -205,6 +206,10 @@ class SparseHandle:
             base.training = stand_in.training
         self._exchanged.clear()
         self._batch = self._latest = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Asked by the hooks of a model that is copied: nobody would hold the handle of the copy, to take it off."""
+        raise InputError("model is sparse, and so would be a copy: copy it before sparsify, or remove() its handle")
 
     def __enter__(self) -> Self:
         return self
