@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from elision.errors import InputError
 from elision.sparselora import sparsify
 from tests.sparselora import tiny
 
@@ -85,6 +86,26 @@ def test_blocks_do_run_again(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -
         assert len(calls) == 4
         with torch.no_grad():  # nothing to save, and reentrant checkpointing would warn
             model(**tiny.batch())
+
+
+@REENTRANT
+def test_a_backward_after_removal_is_right_or_refused(reentrant: bool) -> None:
+    model = tiny.lora()
+    model.enable_input_require_grads()
+    plan, inputs = tiny.plan(model, 0.6), tiny.batch()
+    for checkpointed in (False, True):
+        for path in ("reference", "fast"):
+            with sparsify(model, plan, path=path):
+                loss = model(**inputs, use_cache=False).loss
+                loss.backward(retain_graph=True)
+                expected = tiny.gradients(model)
+            if checkpointed and path == "reference":  # whose blocks would run again densely
+                with pytest.raises(InputError, match="comes after the handle was removed: call it in the with block"):
+                    loss.backward()
+                continue
+            loss.backward()
+            assert tiny.close((loss, tiny.gradients(model)), (loss, expected))
+        tiny.checkpoint(model, reentrant)
 
 
 def test_every_second_layer() -> None:

@@ -47,7 +47,7 @@ from elision.sparselora import tokens
 from elision.sparselora.choices import BlockChoices, Kept, SparseBatch
 from elision.sparselora.coverage import active_names, check_adapters, check_model, check_whole, idle
 from elision.sparselora.factors import Factors, estimated
-from elision.sparselora.fast import Fast, Step
+from elision.sparselora.fast import Fast, Step, checkpointing
 from elision.sparselora.plan import ModelFacts, SparsityPlan
 from elision.sparselora.reference import ABSENT, MaskedLinear, masked
 from elision.sparselora.rows import Elisions, arrange, between
@@ -353,8 +353,19 @@ class SparseHandle:
         return None if self._batch is None else (args, {**kwargs, _ARGUMENT: self._batch})
 
     def _arrived(self, stack: nn.Module, args: tuple, output: Any) -> None:
-        if self._batch is not None and not self._batch.opened:
+        if self._batch is None:
+            return
+        if not self._batch.opened:
             raise RuntimeError(f"{type(stack).__name__} hands no keyword arguments to its attention: cannot be sparse")
+        if output[0].requires_grad and any(checkpointing(block) for block in self._view.blocks):
+            output[0].register_hook(self._still_sparse)
+
+    def _still_sparse(self, gradient: Tensor) -> None:
+        """Before blocks run again in backward: without our hooks they would be dense, and gradients of no forward."""
+        if not self._hooks:
+            raise InputError(
+                "backward under gradient checkpointing comes after the handle was removed: call it in the with block"
+            )
 
     def _decide(
         self, model: nn.Module, call: dict[str, Any], labels: Tensor | None

@@ -111,7 +111,7 @@ class Fast:
                 asked = rows.bearing if block.index == last else rows.total
                 masks = draw(block, step.shape, rows.order)
                 run = _Pass(block, view, weights, choices, batch, rows, asked, masks, angles[block.index], lower)
-                h = run(h) if (checkpoint := _checkpoint(block)) is None else checkpoint(run, h)
+                h = run(h) if (checkpoint := checkpointing(block)) is None else checkpoint(run, h)
         return h
 
     def _embed(self, step: Step, rows: Rows) -> Tensor:
@@ -210,7 +210,7 @@ def _called(module: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor) -> Te
         del module.forward
 
 
-def _checkpoint(block: Block) -> Callable[..., Tensor] | None:
+def checkpointing(block: Block) -> Callable[..., Tensor] | None:
     """What the layer runs its forward under where gradient checkpointing is on for it; nothing to save without grad."""
     layer: Any = block.layer
     on = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
@@ -219,7 +219,7 @@ def _checkpoint(block: Block) -> Callable[..., Tensor] | None:
 
 def _reentrant(blocks: tuple[Block, ...]) -> bool:
     """Whether some layer may be under reentrant checkpointing; other kinds say that they are not."""
-    found = [checkpoint for block in blocks if (checkpoint := _checkpoint(block)) is not None]
+    found = [checkpoint for block in blocks if (checkpoint := checkpointing(block)) is not None]
     return any(getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False for checkpoint in found)
 
 
