@@ -469,6 +469,18 @@ def test_what_is_not_a_plain_block_takes_the_reference_by_name() -> None:
         assert handle._fast.obstacle() == "attention implementation flash_attention_2"
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_an_activation_that_is_not_0_at_0_takes_the_reference(family: str) -> None:
+    """A channel without base product would not be 0 behind it, as the fast step takes it to be."""
+    name = "activation_function" if family == "opt" else "hidden_act"
+    model, inputs = tiny.lora(family, r".*\.(up_proj|down_proj|fc1|fc2)", **{name: "sigmoid"}), turns()
+    plan = tiny.plan(model)
+    expected = run(model, inputs, "reference", plan)
+    with sparsify(model, plan) as handle:
+        assert tiny.close(tiny.loss_and_gradients(model, **inputs), expected, 0.0)
+        assert handle.paths == {"reference (an activation that is not 0 at 0 in layer 0)": 1}
+
+
 @pytest.mark.parametrize("size", [32, 24], ids=["OPT-350m's norms", "and narrow embeddings"])
 def test_norms_behind_the_residual(size: int) -> None:
     model, inputs = tiny.lora("opt", do_layer_norm_before=False, word_embed_proj_dim=size), turns()

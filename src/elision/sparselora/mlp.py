@@ -12,6 +12,8 @@ and a sparse row has the base products at the channels K only. What is left at t
     gate, up and down          a = act(dg) * du of the adapters alone is read by down's adapter: full width, the
                                frozen products still at K only
 
+That act(0) is 0 is for obstacles.py to see to.
+
 Saved for backward: h, the norm's statistics, x A', (g | u) of the width computed (before DoRA's factor, where there is
 one), a Ad', indices. Weights are read again, by rows (gate and up stacked, down transposed; layout.py), and the
 activation is computed again.
