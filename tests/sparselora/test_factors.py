@@ -57,6 +57,20 @@ def test_equal_factors_give_equal_bytes(tmp_path: Path) -> None:
     assert one.with_suffix(".json").read_bytes() == two.with_suffix(".json").read_bytes()
 
 
+def test_names_keep_their_dots_and_no_other_file_is_written_over(tmp_path: Path) -> None:
+    factors = Factors.compute(tiny.lora(), 2, tiny.plan(tiny.lora(), selection="svd", layers=[1]))
+    assert factors.save(tmp_path / "v1.5") == tmp_path / "v1.5.safetensors"
+    assert factors.save(tmp_path / "v1.6") == factors.save(tmp_path / "v1.6.json")  # its own card it may write over
+    assert Factors.load(tmp_path / "v1.5").pairs.keys() == factors.pairs.keys()
+    names = ["v1.5.json", "v1.5.safetensors", "v1.6.json", "v1.6.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for text in (json.dumps(tiny.plan(tiny.lora()).to_dict()), "[]", "{"):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(InputError, match=r"plan.json, which is none of theirs: give another name"):
+            factors.save(tmp_path / "plan")
+        assert (tmp_path / "plan.json").read_text() == text and not (tmp_path / "plan.safetensors").exists()
+
+
 def test_the_fingerprint_is_of_the_weights() -> None:
     from elision.sparselora.factors import fingerprint
 

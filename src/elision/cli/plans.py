@@ -238,7 +238,7 @@ def plan_of(name: str | None, mode: str | None) -> Callable[[Any], tuple[Sparsit
 
 def _factors_beside(plan: Path) -> Path:
     """Where `calibrate` keeps the whitened factors of a plan."""
-    return plan.with_name(f"{plan.stem}.factors.safetensors")
+    return plan.with_name(f"{plan.name.removesuffix('.json')}.factors.safetensors")
 
 
 def _load(

@@ -122,7 +122,12 @@ class Factors:
                     raise InputError(f"factors lack {key}, which the plan prunes: compute them for this plan")
 
     def save(self, path: str | Path) -> Path:
-        """Write NAME.safetensors (`path`) and NAME.json beside it; returns the path of the tensors."""
+        """Write NAME.safetensors and NAME.json beside it; `path` is either, or NAME. Returns the path of the tensors.
+
+        Raises:
+            InputError: NAME.json is there and no card of factors.
+        """
+        check_free(path)
         path = _tensor_path(path)
         tensors = {
             f"{key}.{side}": t.contiguous().cpu()
@@ -226,8 +231,24 @@ def fingerprint(view: blocks.Decoder) -> str:
     return digest.hexdigest()
 
 
+def check_free(path: str | Path) -> None:
+    """Raise InputError where `Factors.save(path)` would write over another JSON file, a plan's say."""
+    card = _tensor_path(path).with_suffix(".json")
+    if not card.exists():
+        return
+    try:
+        found = files.read_json(card, "factors")
+    except InputError:
+        found = None
+    if not isinstance(found, dict) or not {"weights", "sha256"} <= found.keys():
+        raise InputError(f"factors {path} would be written over {card}, which is none of theirs: give another name")
+
+
 def _tensor_path(path: str | Path) -> Path:
-    return Path(path).with_suffix(".safetensors")
+    """NAME.safetensors, of a name that may have dots."""
+    path = Path(path)
+    name = path.stem if path.suffix in (".safetensors", ".json") else path.name
+    return path.with_name(f"{name}.safetensors")
 
 
 def _hash_file(path: Path) -> str:
