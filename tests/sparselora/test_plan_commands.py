@@ -104,6 +104,9 @@ def test_a_plan_of_whitened_factors_brings_them_along(model: Path, tmp_path: Pat
     (tmp_path / "plan.factors.json").unlink()
     code, _, error = run("train", model, "--data", data, "--out", tmp_path / "again", "--plan", out)
     assert code == 2 and "plan.factors.json is not a file" in error
+    out.rename(tmp_path / "plan.factors.json")
+    code, _, error = run("calibrate", model, "--data", data, "--out", out, *budget)
+    assert code == 2 and "plan.factors.json, which is none of theirs" in error and not out.exists()
 
 
 def scalars(folder: Path) -> set[str]:
@@ -149,6 +152,7 @@ def test_training_reports_through_trainers_integrations(
     [
         (("calibrate", "--flops", 0.5, "--time", 0.5), "flops and time are both given"),
         (("calibrate", "--flops", 0.01), "flops=0.01 cannot be met"),
+        (("calibrate", "--flops", 0.01, "--selection", "whitened"), "flops=0.01 cannot be met"),
         (("calibrate", "--time", 0.5, "--stream"), "--stream goes without"),
         (("calibrate", "--adapter", "absent"), "absent holds no adapter_config.json"),
         (("calibrate", "--adapter", "absent", "--rehearse", 4), "are both given: one of them is enough"),

@@ -77,7 +77,10 @@ def calibrate(
     """
     from elision import sparselora
     from elision.report import sources
+    from elision.sparselora.factors import check_free
 
+    if selection == "whitened":
+        check_free(_factors_beside(out))
     if stream and (adapter is not None or time is not None or rehearse):
         raise InputError("--stream goes without --adapter, --rehearse and --time: a model on disk cannot be trained")
     if adapter is not None and rehearse:
@@ -97,9 +100,7 @@ def calibrate(
         return show(estimates.sparsity_calibration(loaded, batches, flops or time, settings, lessons), as_json)
     with run_directory(ctx, run) as kept:
         if selection == "whitened":
-            factors = sparselora.Factors.whitened(loaded, batches)
-            tell(kept, f"factors: {factors.save(_factors_beside(out))}", as_json)
-            settings["factors"] = factors
+            settings["factors"] = sparselora.Factors.whitened(loaded, batches)
         journal = out.with_name(f"{out.name}.journal")
         plan = sparselora.calibrate(
             loaded,
@@ -112,6 +113,8 @@ def calibrate(
             state=journal,
             **settings,
         )
+        if "factors" in settings:
+            tell(kept, f"factors: {settings['factors'].save(_factors_beside(out))}", as_json)
         plan.save(out)
         found, told = plan.calibration, sparselora.forecast(loaded, batches, plan)
         assert found is not None
