@@ -109,6 +109,15 @@ def test_a_plan_of_whitened_factors_brings_them_along(model: Path, tmp_path: Pat
     assert code == 2 and "plan.factors.json, which is none of theirs" in error and not out.exists()
 
 
+@pytest.mark.parametrize("selection", ["svd", "whitened"])
+def test_a_dry_run_makes_the_factors_of_one_layer_and_keeps_none(selection: str, model: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    words = ("--data", model / "data.json", "--out", tmp_path / "plan.json", "--selection", selection, "--rehearse", 0)
+    code, said, error = run("calibrate", model, *words, "--dry-run", "--json")
+    assert code == 0 and json.loads(said)["seconds"] > 0, error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def scalars(folder: Path) -> set[str]:
     """Names of the numbers in tensorboard's files: records of length, checksum, event, checksum."""
     from tensorboardX.proto.event_pb2 import Event

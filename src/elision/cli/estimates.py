@@ -65,10 +65,14 @@ def sparsity_calibration(
     most = SparsityPlan.uniform(model, grid[-1], **settings)
     layers, variants = most.model.layers, len(PARTS) * len(grid)
     choices = sweep.singles(most, grid)
+    last = SparsityPlan.uniform(model, grid[-1], layers=[layers - 1], **settings)
+    start = time.perf_counter()
+    factors = _factors(model, data[:1], last)
+    selecting = time.perf_counter() - start  # timed once: they take long, and no warming up
 
     def walk(count: int) -> Callable[[], Any]:
         chosen = [choices[0], *choices[len(choices) - count :]]
-        return lambda: sweep.losses(model, data[:1], most, chosen, sweep.Journal(None), quiet=True)
+        return lambda: sweep.losses(model, data[:1], most, chosen, sweep.Journal(None), factors=factors, quiet=True)
 
     dense = _timed(walk(0))
     sparse = max(0.0, _timed(walk(variants)) - dense) / variants  # a pass through one block, and the head
@@ -78,6 +82,8 @@ def sparsity_calibration(
     legs = sum(share is None or 1 - share > end * can for end in calibration.LEGS)
     whole = 1 + legs / 2  # a leg has about half the points of the first walk left to measure
     seconds = whole * (dense / layers * passes + sparse * variants * layers) * _ratio(data)
+    passed = dense if last.selection == "whitened" else 0.0  # over the data, once for all layers
+    seconds += passed * _ratio(data) + max(0.0, selecting - passed) * layers
     if lessons:
         seconds += len(lessons) * step_seconds(model, lessons[:1], {"LoRA": None}, turns=1)["LoRA"]
     ids = data[0]["input_ids"]
@@ -93,6 +99,15 @@ def sparsity_calibration(
         f"{told.output_share:.0%} of the tokens are outputs and stay dense"
     )
     return found if share is None else found | {"budget": f"{share:.0%} of LoRA's, so {1 / share:.2f}x at most"}
+
+
+def _factors(model: Any, data: Sequence[Batch], plan: SparsityPlan) -> Factors | None:
+    """Those that `plan` selects by; None: it needs none."""
+    from elision.sparselora import Factors
+
+    if plan.selection == "whitened":
+        return Factors.whitened(model, data, plan.rank, plan)
+    return Factors.compute(model, plan.rank, plan) if plan.selection == "svd" else None
 
 
 def sync_calibration(
