@@ -79,6 +79,8 @@ def calibrate(
     from elision.report import sources
     from elision.sparselora.factors import check_free
 
+    if out.is_dir():
+        raise InputError(f"--out {out} is a directory: name the plan's file")
     if selection == "whitened":
         check_free(_factors_beside(out))
     if stream and (adapter is not None or time is not None or rehearse):
