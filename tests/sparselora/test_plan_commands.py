@@ -168,6 +168,8 @@ def test_training_reports_through_trainers_integrations(
         (("calibrate", "--rehearse", 4, "--stream"), "--stream goes without --adapter, --rehearse and --time"),
         (("calibrate", "--learning-rate", 30), "learning_rate 30.0 is not between 0 and 1"),
         (("calibrate", "--selection", "magic"), "selection 'magic' is not known"),
+        (("calibrate", "--out", "."), "--out . is a directory: name the plan's file"),
+        (("train", "--out", "."), "--out . cannot be replaced by the adapter's directory: name a new one in it"),
         (("bench", "--plan", "plan.json", "--sparsity", 0.5), "--plan and --sparsity are both given"),
         (("bench", "--plan", "llama3-8b/math10k"), "this model has layers 2"),
         (("bench", "--plan", "absent.json"), "absent.json is neither a file nor a preset"),
@@ -179,7 +181,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     arguments: tuple[object, ...], message: str, model: Path, tmp_path: Path
 ) -> None:
     command, *options = arguments
-    written = ["--out", tmp_path / "plan.json"] if command == "calibrate" else []
+    written = ["--out", tmp_path / "plan.json"] if command == "calibrate" and "--out" not in options else []
     before = sorted(tmp_path.rglob("*"))
     code, said, error = run(command, model, "--data", model / "data.json", *options, *written)
     assert code == 2 and said == ""

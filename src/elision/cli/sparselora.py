@@ -85,6 +85,8 @@ def train(
         raise InputError(f"--epochs {epochs:g} trains nothing: give a number above 0")
     if (out / "adapter_config.json").is_file():
         raise InputError(f"--out {out} holds a finished adapter: delete it to train anew, or give another directory")
+    if out.is_dir() and (out.samefile(".") or out.is_mount()):  # the adapter, once whole, is moved to where it stands
+        raise InputError(f"--out {out} cannot be replaced by the adapter's directory: name a new one in it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not empty: give a new directory")
     training.reporters(report_to or ())
