@@ -17,6 +17,7 @@ from elision.data import text_batches
 from elision.loading import load_tokenizer
 from elision.sparselora import SparsityPlan
 from elision.spd import SyncPlan, load, load_adapter, read_plan
+from tests.spd.tiny import tiny
 
 TRAIN = ["sparselora", "train", "reference", "--sparsity", "0.5"]
 CALIBRATE = ["spd", "calibrate", "reference", "--rows", "2", "--tokens", "32"]
@@ -174,6 +175,18 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
     if kind == "plan of another model":
         SyncPlan(2, (40,)).save(plan)
         return [*score, "--plan", plan], "40"
+    if kind == "rows beyond a table of positions":
+        tokenizer = load_tokenizer("reference")
+        tiny("opt", vocab_size=len(tokenizer)).save_pretrained(folder / "opt")
+        tokenizer.save_pretrained(folder / "opt")
+        return [
+            "eval",
+            folder / "opt",
+            *score[2:-1],
+            65,
+            "--run",
+            folder / "run",
+        ], "has 65 tokens, this OPT model has 64"
     if kind == "broken plan":
         plan.write_text('{"version": 1, "ran')
         return [*score, "--plan", plan], "plan.json is not JSON"
@@ -252,7 +265,8 @@ KINDS = (
     "a plan to heal for another model, a plan without drops, truncated weights, plan of another model, "
     "broken plan, no adapter, sparsity, plan and sparsity, missing plan, sparsity plan of another model, no answers, "
     "every label -100, unknown family, recovered, plan of the other method, sparsity plan to serve, no place, "
-    "no place for the run, a page into a file, no epochs, a finished adapter, a broken line, a chat"
+    "no place for the run, a page into a file, no epochs, a finished adapter, a broken line, a chat, "
+    "rows beyond a table of positions"
 ).split(", ")
 
 

@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from elision import evaluate
 from elision.errors import InputError
+from elision.loading import load_tokenizer
+from tests.spd.tiny import tiny
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +180,9 @@ def test_one_row_has_no_interval() -> None:
 )
 def test_exact_match(given: str, expected: str, same: bool) -> None:
     assert evaluate.exact_match(given, expected) is same
+
+
+def test_answers_beyond_a_table_of_positions_are_refused_before_any_is_given() -> None:
+    tokenizer = load_tokenizer("reference")
+    with pytest.raises(InputError, match=r"^a prompt with 64 tokens of answer has \d+ tokens, this OPT model has 64"):
+        evaluate.answers(tiny("opt", vocab_size=len(tokenizer)), tokenizer, ["a", "one more"], 64)

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from elision.data import IGNORED
 from elision.errors import InputError
+from elision.families import check_positions
+from elision.layerwise import check_length
 
 Z = statistics.NormalDist().inv_cdf(0.975)  # of a two-sided 95% interval
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -133,6 +135,7 @@ def _targets(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    check_length(getattr(model, "config", None), batch, "a batch")
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     return model(**inputs, use_cache=False).logits[:, :-1]
 
@@ -163,7 +166,14 @@ def answers(
     rows: int = 64,
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
-    """Greedy continuations of `prompts`, in their order; `advance` is told how many came out of each batch."""
+    """Greedy continuations of `prompts`, in their order; `advance` is told how many came out of each batch.
+
+    Raises:
+        InputError: a prompt and its answer may be longer than the model's positions.
+    """
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    longest = max(map(len, encoded), default=0) + max_new_tokens
+    check_positions(getattr(model, "config", None), longest, f"a prompt with {max_new_tokens} tokens of answer")
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [""] * len(prompts)
     end = tokenizer.eos_token_id
@@ -171,7 +181,7 @@ def answers(
     with evaluating(model):
         for first in range(0, len(prompts), rows):
             chosen = by_length[first : first + rows]
-            ids = [tokenizer.encode(prompts[i]) for i in chosen]
+            ids = [encoded[i] for i in chosen]
             length = max(map(len, ids))
             input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in ids])
             mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids])

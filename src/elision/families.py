@@ -245,6 +245,19 @@ def check_ranks(config: PretrainedConfig, ranks: int) -> None:
     raise InputError(f"ranks={ranks} cannot share this model, {reason}: use one of {', '.join(map(str, allowed))}")
 
 
+def check_positions(config: PretrainedConfig | None, tokens: int, what: str) -> None:
+    """Pass where a row of `tokens` tokens has a position for each: rotations know no end, a table (OPT's) has one.
+
+    Raises:
+        InputError: it is longer; `what` names the row.
+    """
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    if config is None or family is None or family.rotary or tokens <= config.max_position_embeddings:
+        return
+    limit = config.max_position_embeddings
+    raise InputError(f"{what} has {tokens} tokens, this {family.name} model has {limit} positions: give shorter rows")
+
+
 def check_original(config: PretrainedConfig, source: str | Path) -> None:
     """Pass where the weights are an original model's, and not made for the SyncPlan that the checkpoint carries.
 

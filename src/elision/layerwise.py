@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from elision.blocks import Decoder
+from elision.families import check_positions
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch, less its labels
 
@@ -42,6 +43,15 @@ def layer_calls(view: Decoder, inputs: Mapping[str, Tensor]) -> list[tuple[Tenso
             if forward is not None:
                 layer.forward = forward
     return calls
+
+
+def check_length(config: Any, batch: Mapping[str, Tensor], what: str) -> None:
+    """Raise InputError, naming `what`, where the batch has a row that is longer than the model's table of positions."""
+    if (ids := batch.get("position_ids")) is not None:
+        tokens = max(ids.flatten().tolist(), default=-1) + 1
+    else:  # padding takes no position
+        tokens = max(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(1).tolist(), default=0)
+    check_positions(config, tokens, what)
 
 
 def fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:

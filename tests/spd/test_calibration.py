@@ -210,7 +210,7 @@ class TestMixtures:
         work = Workload(self.slow, layers=4, hidden=24, tokens=9)
         plan = calibrate(model, DATA, 3, max_loss=0.05, workload=work, held_out=APART, quiet=True)
         assert plan.verified is not None
-        (quality, dense) = measure(decoder(model), check_batches(DATA, 97), [plan, SyncPlan(3)], quiet=True)
+        (quality, dense) = measure(decoder(model), check_batches(DATA, model.config), [plan, SyncPlan(3)], quiet=True)
         assert quality.perplexity / dense.perplexity - 1 == pytest.approx(plan.verified.predicted, rel=1e-9)
         assert plan.verified.predicted <= 0.05 and bits(model) == before
         more = calibrate(model, DATA, 3, max_loss=10.0, workload=work, quiet=True)

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from elision import InputError
-from elision.spd import SyncPlan, calibrate, curve, sensitivity, simulate, streams
+from elision import InputError, evaluate
+from elision.spd import SyncPlan, calibrate, curve, heal, sensitivity, simulate, streams
 from tests.spd.tiny import VOCABULARY, bits, left_padded, tiny, token_ids
 
 DATA = [left_padded(), {"input_ids": token_ids(3, 7, seed=2)}]
@@ -223,6 +223,21 @@ class TestRefusals:
                 measure(tiny("llama"), batches, 3, state=tmp_path / "state.json", quiet=True)
             assert "\n" not in str(caught.value)
         assert not list(tmp_path.iterdir())
+
+    def test_rows_beyond_a_table_of_positions(self):
+        long = [{"input_ids": token_ids(2, 65)}]
+        uses = (
+            lambda model: calibrate(model, long, 3, quiet=True),
+            lambda model: heal(model, SyncPlan(3, (1,)), long * 2, quiet=True),
+            lambda model: evaluate.loss(model, long),
+        )
+        for use in uses:
+            with pytest.raises(InputError, match=r"^(a batch|batch 0) has 65 tokens, this OPT model has 64 positions"):
+                use(tiny("opt"))
+        use(tiny("llama"))  # rotations know no end
+        mask = torch.ones(2, 65, dtype=torch.long)
+        mask[:, 0] = 0  # nor does padding take a position
+        calibrate(tiny("opt"), [{**long[0], "attention_mask": mask}], 3, quiet=True)
 
     @pytest.mark.parametrize(
         ("match", "limits"),

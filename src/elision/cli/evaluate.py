@@ -59,6 +59,7 @@ def evaluate(
       elision eval reference --plan plan.json --tasks elision_word_problems --limit 200
     """
     from elision.data import load_examples, text_batches
+    from elision.families import check_positions
     from elision.loading import load_texts
 
     if text is None and data is None and not tasks:
@@ -69,6 +70,8 @@ def evaluate(
         _changed(model, plan, adapter, dtype) as (changed, tokenizer),
         _baseline(model, plan, adapter, against, dtype) as base,
     ):
+        for scored in (changed, base) if texts is not None else ():
+            check_positions(getattr(scored, "config", None), tokens, "a row of --tokens")
         batches = None if texts is None else text_batches(tokenizer, texts, tokens, batch, limit=rows)
         if dry_run:
             show(_estimate(changed, base, batches, examples, tasks), as_json)

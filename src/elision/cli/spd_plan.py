@@ -78,7 +78,7 @@ def calibrate(
     limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing, _shares(recovered or []))
     loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
     workload = _workload(loaded, ranks, probe, alpha, beta, step_ms, step_tokens)
-    batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
+    batches, apart = _texts(loaded, tokenizer, text, held_out, rows, tokens)
     if workload is not None and (reason := workload.refusal()):
         return show({"plans": [], "verdict": reason}, as_json, reason)
     if dry_run:
@@ -163,7 +163,7 @@ def heal(
         raise InputError(f"adapter {adapter} is inside of --out {out}, which is written as a whole: put it beside it")
     check_replaceable(out)
     loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
-    batches, apart = _texts(tokenizer, text, held_out, rows, tokens)
+    batches, apart = _texts(loaded, tokenizer, text, held_out, rows, tokens)
     if dry_run:
         from elision.cli import estimates
 
@@ -202,11 +202,15 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _texts(tokenizer: Any, text: list[Path], held_out: list[Path] | None, rows: int, tokens: int) -> tuple[Any, Any]:
+def _texts(
+    model: Any, tokenizer: Any, text: list[Path], held_out: list[Path] | None, rows: int, tokens: int
+) -> tuple[Any, Any]:
     """Batches to decide on and batches to verify on; None where the text has no row to spare for that."""
     from elision.data import text_batches
+    from elision.families import check_positions
     from elision.loading import load_texts
 
+    check_positions(model.config, tokens, "a row of --tokens")
     texts = load_texts(text)
     if held_out:
         other = load_texts(held_out)

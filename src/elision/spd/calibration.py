@@ -191,8 +191,8 @@ def calibrations(
     check_weights(view)
     if workload is not None:
         _check_workload(workload, view, several, limit)
-    data = check_batches(batches, view.config.vocab_size)
-    apart = None if held_out is None else check_batches(held_out, view.config.vocab_size)
+    data = check_batches(batches, view.config)
+    apart = None if held_out is None else check_batches(held_out, view.config)
     scores = all_scores(view, data, [("dropped", n) for n in several], method, state, quiet)
     orders = [ascending(each) for each in scores]
     found = curves(view, data, list(zip(several, orders, strict=True)), state, quiet)

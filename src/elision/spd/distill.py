@@ -132,7 +132,7 @@ def heal(
     for block in view.blocks:
         check_plain(block, streamed=True)
     corrections = {i: correction_of(view.blocks[i], plan.ranks, kind) for i, kind in plan.corrections.items()}
-    checked = check_batches(batches, view.config.vocab_size)
+    checked = check_batches(batches, view.config)
     if len(checked) < 2:
         raise InputError("data holds one batch: give at least two, because some are held out to judge the others")
     if chosen and cut(recipe.held_out, len(checked)) < 1:

@@ -72,7 +72,7 @@ def correct(
         check_plain(block)
     for index in set(corrected.corrections) - set(chosen):
         correction_of(view.blocks[index], plan.ranks, corrected.corrections[index])
-    data = sources(view, check_batches(batches, view.config.vocab_size))
+    data = sources(view, check_batches(batches, view.config))
     hidden = [source.embedded for source in data]
     with evaluating(view.model), torch.no_grad(), progress("Correcting", len(view.blocks), quiet) as advance:
         for block in view.blocks:

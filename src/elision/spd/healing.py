@@ -55,8 +55,8 @@ def carry_out(
         raise InputError("plan is carried out already, its checkpoint is healed: give the plan that calibrate wrote")
     check_weights(view)
     check_streamed(view, recipe or Recipe(), state)
-    checked = check_batches(batches, view.config.vocab_size)
-    apart = None if held_out is None else check_batches(held_out, view.config.vocab_size)
+    checked = check_batches(batches, view.config)
+    apart = None if held_out is None else check_batches(held_out, view.config)
     wanted = plan.healing or dict.fromkeys(plan.dropped, "b2b")
     bare = replace(plan, healing={}, verified=None)
     dense = zero_shot = None

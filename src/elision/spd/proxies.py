@@ -83,7 +83,7 @@ def scores(
             or what `sensitivity` refuses.
     """
     view = covered_by_all(model, (ranks,))
-    data = check_batches(batches, view.config.vocab_size)
+    data = check_batches(batches, view.config)
     return all_scores(view, data, [(treatment, ranks)], method, None, quiet)[0]
 
 

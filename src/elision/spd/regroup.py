@@ -62,7 +62,7 @@ def regroup(
     check_weights(view, plan)
     for block in view.blocks:
         check_plain(block)
-    orders = grouped(view, plan, check_batches(batches, view.config.vocab_size), chosen, quiet)
+    orders = grouped(view, plan, check_batches(batches, view.config), chosen, quiet)
     regrouped = replace(plan, heads={**plan.heads, **orders})
     carry(view, regrouped)  # before any head moves: a run cut short leaves no model that passes for the original
     for index, order in orders.items():

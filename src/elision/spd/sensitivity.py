@@ -90,7 +90,7 @@ def sensitivities(
     Each further number costs L/2 + 0.5 forward passes. Arguments and errors are those of `sensitivity`.
     """
     view = covered_by_all(model, ranks)
-    return sequential(view, check_batches(batches, view.config.vocab_size), ranks, state, quiet)
+    return sequential(view, check_batches(batches, view.config), ranks, state, quiet)
 
 
 def covered_by_all(model: nn.Module, ranks: Sequence[int]) -> Decoder:
@@ -128,7 +128,7 @@ def curve(
     """
     view = covered(model, ranks)
     SyncPlan(ranks, tuple(order)).check(facts(view))
-    data = check_batches(batches, view.config.vocab_size)
+    data = check_batches(batches, view.config)
     (found,) = curves(view, data, [(ranks, order)], state, quiet, title="Perplexity along the order")
     return tuple(quality.perplexity for quality in found)
 

@@ -33,11 +33,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 
 from elision import files
 from elision.blocks import Block, Decoder
 from elision.errors import InputError
-from elision.layerwise import INPUTS, fingerprint, hash_tensor, layer_calls
+from elision.layerwise import INPUTS, check_length, fingerprint, hash_tensor, layer_calls
 from elision.progress import progress
 from elision.spd.corrections import Correction, correction_of
 from elision.spd.plan import SyncPlan
@@ -235,12 +236,12 @@ def next_tokens(batch: Batch) -> Tensor:
     return labels.long()
 
 
-def check_batches(batches: Iterable[Batch], vocabulary: int) -> list[Batch]:
+def check_batches(batches: Iterable[Batch], config: PretrainedConfig) -> list[Batch]:
     """The batches as a list, to be gone through more than once.
 
     Raises:
         InputError: there are none, one lacks input_ids or has tensors that do not fit them, tokens outside the
-            vocabulary, or not one position is scored.
+            vocabulary or beyond the model's positions, or not one position is scored.
     """
     checked = list(batches)
     if not checked:
@@ -253,7 +254,8 @@ def check_batches(batches: Iterable[Batch], vocabulary: int) -> list[Batch]:
             if name in batch and batch[name].shape != ids.shape:
                 shapes = f"{tuple(batch[name].shape)}, input_ids {tuple(ids.shape)}"
                 raise InputError(f"batch {index}: {name} has shape {shapes}: give them the same shape")
-        labels = batch.get("labels", ids)
+        check_length(config, batch, f"batch {index}")
+        labels, vocabulary = batch.get("labels", ids), config.vocab_size
         for name, tokens in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
             outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
             if outside.numel():
