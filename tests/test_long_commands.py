@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,18 @@ def test_a_dry_run_tells_and_writes_nothing(name: str, place: Path, tmp_path: Pa
         assert found["seconds"] > 0 and found["time"].startswith("about ") and found["memory_mb"] > 0
         assert "gain" in found or name == "spd heal"  # which has no calibration to tell it
     assert not list(tmp_path.iterdir()) and sorted(place.rglob("*")) == before
+
+
+def test_a_plan_edited_by_hand_is_estimated_without_a_gain(place: Path, tmp_path: Path) -> None:
+    arguments = commands(place, tmp_path)
+    assert run(*arguments["spd calibrate"])[0] == 0
+    plan = SyncPlan.load(tmp_path / "plan.json")
+    assert plan.calibration is not None
+    words = [tmp_path / "plan.json" if word == place / "sync.json" else word for word in arguments["spd heal"]]
+    for first, known in ((0, True), (1, False)):
+        replace(plan, dropped=(plan.calibration.order[first],)).save(tmp_path / "plan.json")
+        code, said, _ = run(*words, "--dry-run", "--json")
+        assert code == 0 and ("gain" in json.loads(said)) == known
 
 
 def every_command() -> list[tuple[tuple[str, ...], typer.core.TyperCommand]]:

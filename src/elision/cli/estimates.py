@@ -151,7 +151,7 @@ def healing(
 ) -> dict[str, Any]:
     """Of `elision spd heal`: one block's step of training on one batch."""
     from elision.spd.activations import sources
-    from elision.spd.calibration import expected
+    from elision.spd.calibration import expected, on_curve
     from elision.spd.simulate import covered, facts
     from elision.spd.student import Student, cut, training
     from elision.streaming import resident
@@ -179,7 +179,7 @@ def healing(
     rows = [*batches, *batches, *(apart or ())]  # the teacher's stream, the student's, and the end of the held-out one
     kept += width * sum(batch["input_ids"].numel() for batch in rows)
     found |= _costs(seconds, kept)
-    if plan.calibration is not None and not (plan.int8 or plan.skipped):
+    if on_curve(plan):
         before, after = (expected(replace(plan, healing=how)) for how in ({}, wanted))
         found["gain"] = f"perplexity {after:+.2%} is expected where dropping alone costs {before:+.2%}"
     return found

@@ -108,6 +108,12 @@ def tiers_of(scores: Sequence[float], dense: float, thresholds: tuple[float, flo
     return tuple(TIERS[sum(score > t * dense for t in thresholds)] for score in scores)
 
 
+def on_curve(plan: SyncPlan) -> bool:
+    """Whether the plan's calibration measured just what it drops: not where it mixes treatments or was edited."""
+    found, count = plan.calibration, len(plan.dropped)
+    return bool(found and not plan.int8 and not plan.skipped and set(found.order[:count]) == set(plan.dropped))
+
+
 def expected(plan: SyncPlan) -> float:
     """The relative increase of perplexity that a plan's calibration predicts.
 
@@ -115,12 +121,11 @@ def expected(plan: SyncPlan) -> float:
         InputError: the plan carries none, or drops other blocks than the first ones of its order.
     """
     found = plan.calibration
-    count = len(plan.dropped)
-    if found is None or plan.int8 or plan.skipped or set(found.order[:count]) != set(plan.dropped):
+    if found is None or not on_curve(plan):
         raise InputError("plan carries no measurement of its blocks: make it with elision.spd.calibrate")
     curve = [Quality(value, 0.0) for value in found.perplexities]
     shares = recoveries(found.recovered or {})
-    return predicted(curve, found.order, count, plan.healing, shares).perplexity / found.perplexities[0] - 1
+    return predicted(curve, found.order, len(plan.dropped), plan.healing, shares).perplexity / found.perplexities[0] - 1
 
 
 def calibrate(

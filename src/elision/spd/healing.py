@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elision.errors import InputError
 from elision.spd.artifact import Treated
-from elision.spd.calibration import expected, verified
+from elision.spd.calibration import expected, on_curve, verified
 from elision.spd.distill import Recipe, check_streamed, heal
 from elision.spd.plan import SyncPlan
 from elision.spd.planner import recoveries
@@ -78,8 +78,7 @@ def _predicted(plan: SyncPlan, wanted: Mapping[int, str], zero_shot: float) -> f
     """The relative loss to be expected of `wanted`, where `zero_shot` is what dropping alone costs on this text."""
     if plan.int8 or plan.skipped:  # a mixture's prediction is its own
         return zero_shot if plan.verified is None else plan.verified.predicted
-    found = plan.calibration
-    if found is None or set(found.order[: len(plan.dropped)]) != set(plan.dropped):  # blocks named by hand: no curve
-        shares = recoveries((found and found.recovered) or {})
+    if not on_curve(plan):  # blocks named by hand
+        shares = recoveries((plan.calibration and plan.calibration.recovered) or {})
         return zero_shot * (1 - min(shares[how] for how in wanted.values()))
     return expected(replace(plan, healing=wanted))
