@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import math
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -289,6 +291,23 @@ def test_a_full_disk_ends_in_one_line(tmp_path: Path, text: Path, monkeypatch: p
     code, said, error = run(*CALIBRATE, "--text", text, "--ranks", 2, "--out", tmp_path / "plan.json")
     assert code == 2 and said == "" and not (tmp_path / "plan.json").exists()
     assert error.strip().splitlines()[-1].endswith("cannot be written: No space left on device")
+
+
+def test_a_disk_that_fills_up_under_safetensors_ends_in_one_line(tmp_path: Path, text: Path) -> None:
+    plan, out = SyncPlan(4, (1,)).save(tmp_path / "plan.json"), tmp_path / "healed"
+    heal = ["spd", "heal", "reference", "--plan", plan, "--text", text, "--rows", 16, "--tokens", 8, "--out", out]
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for size, name in ((2**20, "healing"), (2**23, "healed")):  # a block's file fails; that of the checkpoint
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            code, said, error = run(*heal, "--epochs", 1)
+            line = error.strip().splitlines()[-1]
+            assert code == 2 and said == "" and not out.exists()
+            assert line.startswith("error: ") and line.endswith("cannot be written: File too large") and name in line
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.glob("*.partial")) and run(*heal, "--epochs", 1)[0] == 0 and out.is_dir()
 
 
 def test_an_adapter_inside_of_the_checkpoint_is_refused_before_anything_is_done(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ def write(path: str | Path, fill: Callable[[Path], Any]) -> Path:
     os.close(handle)
     temporary = Path(name)
     try:
-        fill(temporary)
+        with disk_errors(path):
+            fill(temporary)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -28,6 +31,19 @@ def write(path: str | Path, fill: Callable[[Path], Any]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def disk_errors(path: str | Path | None = None) -> Iterator[None]:
+    """What safetensors says of the disk ("... File too large (os error 27)") as the OSError that it is, of `path`."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), None if path is None else str(path)) from error
 
 
 def check_place(path: str | Path, what: str) -> None:

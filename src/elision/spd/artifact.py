@@ -98,7 +98,8 @@ def save(
     temporary = place.with_name(f".{place.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     try:
-        _write(view.model, plan, temporary)
+        with files.disk_errors(place):
+            _write(view.model, plan, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         files.write_text(temporary / "README.md", card(plan, type(view.model).__name__, command, results or {}))
