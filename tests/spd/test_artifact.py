@@ -260,6 +260,17 @@ class TestWholeOrAbsent:
         spd.save(model, SyncPlan(3, (1,)), out)
         assert spd.read_plan(out).dropped == (1,) and [path.name for path in tmp_path.iterdir()] == ["out"]
 
+    def test_generation_settings_do_not_keep_a_model_from_being_saved(self, tmp_path):
+        model = tiny("llama")
+        model.generation_config.temperature, model.generation_config.do_sample = 0.6, False
+        spd.save(model, ZERO_SHOT, tmp_path / "out")
+        assert model.generation_config.temperature == 0.6
+        assert spd.read(tmp_path / "out").model.generation_config.temperature == 0.6
+        model.generation_config.early_stopping = "perhaps"  # nor could it be loaded
+        spd.save(model, ZERO_SHOT, tmp_path / "out")
+        found = spd.read(tmp_path / "out").model.generation_config
+        assert found.eos_token_id == 2 and found.early_stopping != "perhaps"
+
     def test_links_stay_and_what_cannot_be_renamed_is_refused(self, tmp_path, monkeypatch):
         model = tiny("llama")
         (tmp_path / "disk" / "empty").mkdir(parents=True)

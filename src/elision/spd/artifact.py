@@ -29,7 +29,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from elision import files
 from elision.blocks import Decoder, decoder
@@ -129,13 +129,20 @@ def _write(model: PreTrainedModel, plan: SyncPlan, directory: Path) -> None:
     state = {name: tensor for name, tensor in model.state_dict().items() if _belongs(name, plan)}
     view = decoder(model)
     streamed = is_streamed(view.blocks[0].layer)
+    generation = getattr(model, "generation_config", None)
     try:
+        if generation is not None:
+            model.generation_config = GenerationConfig()
         model.save_pretrained(
             directory, state_dict={name: tensor for name, tensor in state.items() if not tensor.is_meta}
         )
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
+        if generation is not None:
+            model.generation_config = generation
+    if generation is not None:
+        _savable(generation, model).to_json_file(directory / "generation_config.json")
     if streamed:
         _write_blocks(view, plan, directory)
     config = directory / "config.json"
@@ -145,6 +152,18 @@ def _write(model: PreTrainedModel, plan: SyncPlan, directory: Path) -> None:
     values["model_type"] = values["model_type"] if plan.original_weights else TREATED + values["model_type"]
     values["spd_plan"] = plan.to_dict()
     files.write_json(config, dict(sorted(values.items())))
+
+
+def _savable(generation: GenerationConfig, model: PreTrainedModel) -> GenerationConfig:
+    """The generation config as it is, settings without effect too, for which transformers refuses to save a model.
+
+    One that no generation would take, and that could not be loaded either, gives way to what the model's config says.
+    """
+    try:
+        generation.validate()
+    except ValueError:
+        return GenerationConfig.from_model_config(model.config)
+    return generation
 
 
 def _write_blocks(view: Decoder, plan: SyncPlan, directory: Path) -> None:
