@@ -15,7 +15,7 @@ from torch import Tensor
 from elision import blocks, streaming
 from elision.errors import InputError
 from elision.evaluate import loss
-from elision.sparselora import SparsityPlan, allotment, calibrate, calibration, sparsify, stopwatch, sweep
+from elision.sparselora import Factors, SparsityPlan, allotment, calibrate, calibration, sparsify, stopwatch, sweep
 from elision.sparselora.forecasts import forecast
 from elision.sparselora.plan import PARTS
 from tests.sparselora import tiny
@@ -267,10 +267,23 @@ def test_bad_input_is_named() -> None:
         ([], "data holds no batches"),
         ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], "batch 0 has no labels"),
         ([{**data(1)[0], "labels": torch.full((2, 11), -100)}], "every label of the data is -100"),
-        ([{**data(1)[0], "input_ids": torch.full((2, 11), 999)}], "outside the vocabulary"),
+        ([{**data(1)[0], "input_ids": torch.full((2, 11), 999)}], "a token outside the vocabulary of 61"),
+        ([{**data(1)[0], "labels": torch.full((2, 11), 61)}], "a label outside the vocabulary of 61"),
     ):
         with pytest.raises(InputError, match=message):
             calibrate(model, batches, flops=0.5)
+
+
+@pytest.mark.parametrize("selection", ["oracle", "whitened"])
+def test_what_is_none_in_a_batch_is_not_there(selection: str) -> None:
+    model = tiny.lora("llama")
+    bare = [{name: batch[name] for name in ("input_ids", "labels")} for batch in data(2)]
+    plans = []
+    for batches in (bare, [{**batch, "attention_mask": None, "position_ids": None} for batch in bare]):
+        factors = Factors.whitened(model, batches) if selection == "whitened" else None
+        more: Any = {"selection": selection, "rehearse": batches, "quiet": True}
+        plans.append(calibrate(model, batches, flops=0.9, grid=(0.5, 0.9), factors=factors, **more))
+    assert plans[0] == plans[1]
 
 
 def test_what_was_measured_of_another_model_is_not_taken_for_this_one(tmp_path: Path) -> None:

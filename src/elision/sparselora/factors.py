@@ -187,7 +187,8 @@ def _moments(
 
     with _watched(view, wanted, add):
         for batch in batches:
-            if batch.get("labels") is None:
+            batch = {name: value for name, value in batch.items() if value is not None}
+            if "labels" not in batch:
                 raise InputError("a batch has no labels, which tell context from output: give batches with labels")
             given = {name: batch[name].cpu() for name in ("attention_mask", "position_ids") if name in batch}
             rows = tokens.classify(batch["labels"].cpu(), **given).kept

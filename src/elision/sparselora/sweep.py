@@ -264,27 +264,32 @@ def weights_of(view: blocks.Decoder, model: nn.Module) -> str:
 
 
 def check(batches: Any, vocabulary: int) -> list[Batch]:
-    """The batches as a list, to be gone through more than once.
+    """The batches as a list, to be gone through more than once, without what is None in them.
 
     Raises:
-        InputError: there are none, one lacks input_ids or labels of its shape, has tokens outside the vocabulary, or
-            there is nothing to learn.
+        InputError: there are none, one lacks input_ids or labels of its shape, has tokens or labels outside the
+            vocabulary, or there is nothing to learn.
     """
-    checked = list(batches)
+    checked = [_checked(batch, number, vocabulary) for number, batch in enumerate(batches)]
     if not checked:
         raise InputError("data holds no batches: give at least one dict with input_ids and labels")
-    for number, batch in enumerate(checked):
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-            raise InputError(f"batch {number} has no input_ids (batch, sequence) of token numbers: tokenize the data")
-        if batch.get("labels") is None:
-            raise InputError(f"batch {number} has no labels, which tell context from output: give batches with labels")
-        for name in ("labels", "attention_mask"):
-            if name in batch and batch[name].shape != ids.shape:
-                shapes = f"{tuple(batch[name].shape)}, input_ids {tuple(ids.shape)}"
-                raise InputError(f"batch {number}: {name} has shape {shapes}: give them the same shape")
-        if bool(((ids < 0) | (ids >= vocabulary)).any()):
-            raise InputError(f"batch {number} has a token outside the vocabulary of {vocabulary}: use its tokenizer")
     if not any(bool((batch["labels"][:, 1:] != tokens.IGNORED).any()) for batch in checked):
         raise InputError("every label of the data is -100, so there is no loss: keep the answers' labels")
     return checked
+
+
+def _checked(batch: Any, number: int, vocabulary: int) -> Batch:
+    given = {name: value for name, value in batch.items() if value is not None} if isinstance(batch, Mapping) else {}
+    ids = given.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        raise InputError(f"batch {number} has no input_ids (batch, sequence) of token numbers: tokenize the data")
+    if "labels" not in given:
+        raise InputError(f"batch {number} has no labels, which tell context from output: give batches with labels")
+    for name in ("labels", "attention_mask"):
+        if name in given and given[name].shape != ids.shape:
+            shapes = f"{tuple(given[name].shape)}, input_ids {tuple(ids.shape)}"
+            raise InputError(f"batch {number}: {name} has shape {shapes}: give them the same shape")
+    for name, found in (("token", ids), ("label", given["labels"][given["labels"] != tokens.IGNORED])):
+        if bool(((found < 0) | (found >= vocabulary)).any()):
+            raise InputError(f"batch {number} has a {name} outside the vocabulary of {vocabulary}: use its tokenizer")
+    return given
