@@ -97,6 +97,39 @@ def test_predictors_that_do_not_belong_are_refused(published: tuple[Path, Any]) 
         load_predictor(path, model, "o1")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mode", [0.5], "no modes.o1.layer_sparsity in its config.json: it is of another layout"),
+        ("mode", {}, "no modes.o1.layer_sparsity in its config.json"),
+        ("layer_sparsity", 0.5, "no modes.o1.layer_sparsity in its config.json"),
+        ("sparsity", "half", r"has modes.o1.layer_sparsity.model.layers.1.mlp 'half' in its config.json, not a number"),
+        ("sparsity", True, r"layers.1.mlp True in its config.json, not a number in \[0, 1\): download it again"),
+        ("sparsity", 1.5, "layers.1.mlp 1.5 in"),
+        ("sparsity", -0.1, "layers.1.mlp -0.1 in"),
+        ("sparsity", float("nan"), "layers.1.mlp nan in"),
+        ("rank", True, "has predictor_rank True in its config.json, not a whole number from 1"),
+        ("rank", 0, "predictor_rank 0"),
+        ("rank", -3, "predictor_rank -3"),
+        ("rank", 3.0, "predictor_rank 3.0"),
+    ],
+)
+def test_a_malformed_config_is_named(published: tuple[Path, Any], field: str, value: Any, message: str) -> None:
+    path, model = published
+    config = json.loads((path / "config.json").read_text())
+    if field == "rank":
+        config["predictor_rank"] = value
+    elif field == "mode":
+        config["modes"]["o1"] = value
+    elif field == "layer_sparsity":
+        config["modes"]["o1"]["layer_sparsity"] = value
+    else:
+        config["modes"]["o1"]["layer_sparsity"]["model.layers.1.mlp"] = value
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        load_predictor(path, model, "o1")
+
+
 def test_the_only_mode_need_not_be_named(published: tuple[Path, Any]) -> None:
     path, model = published
     with pytest.raises(InputError, match=r"predictor .* has modes o1, o2: say which one"):

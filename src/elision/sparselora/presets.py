@@ -93,7 +93,7 @@ def load_predictor(path: str | Path, model: nn.Module, mode: str | None = None) 
 
     path, mode = Path(path), predictor_mode(path, mode)
     config = files.read_json(path / "config.json", "predictor")
-    sparsity = _layer_sparsity(_modes(config, path)[mode], path)
+    sparsity = _layer_sparsity(_modes(config, path), mode, path)
     view, facts = blocks.decoder(model), ModelFacts.of(model)
     ffn, attention = (
         tuple(sparsity.get((layer, place), 0.0) for layer in range(facts.layers)) for place in ("mlp", "self_attn")
@@ -129,22 +129,34 @@ def load_predictor(path: str | Path, model: nn.Module, mode: str | None = None) 
 
 def _modes(config: Any, path: Path) -> Mapping[str, Any]:
     modes = config.get("modes") if isinstance(config, Mapping) else None
-    if not isinstance(modes, Mapping) or not isinstance(config.get("predictor_rank"), int):
+    rank = config.get("predictor_rank") if isinstance(config, Mapping) else None
+    if not isinstance(modes, Mapping) or not modes or rank is None:
         raise InputError(
             f"predictor {path} has no modes and predictor_rank in its config.json: it is of another layout"
         )
+    if type(rank) is not int or rank < 1:
+        raise InputError(_wrong(path, "predictor_rank", rank, "a whole number from 1"))
     return modes
 
 
-def _layer_sparsity(mode: Mapping[str, Any], path: Path) -> dict[tuple[int, str], float]:
+def _layer_sparsity(modes: Mapping[str, Any], mode: str, path: Path) -> dict[tuple[int, str], float]:
     """Sparsity by layer and "mlp" or "self_attn"."""
-    found = {}
-    for name, value in mode.get("layer_sparsity", {}).items():
+    found, field = {}, f"modes.{mode}.layer_sparsity"
+    own = modes[mode].get("layer_sparsity") if isinstance(modes[mode], Mapping) else None
+    if not isinstance(own, Mapping):
+        raise InputError(f"predictor {path} has no {field} in its config.json: it is of another layout")
+    for name, value in own.items():
         place = re.fullmatch(r"model\.layers\.(\d+)\.(mlp|self_attn)", name)
         if place is None:
             raise InputError(f"predictor {path} has sparsity for {name!r}: only mlp and self_attn of layers are known")
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise InputError(_wrong(path, f"{field}.{name}", value, "a number in [0, 1)"))
         found[int(place[1]), place[2]] = float(value)
     return found
+
+
+def _wrong(path: Path, field: str, value: Any, wanted: str) -> str:
+    return f"predictor {path} has {field} {value!r} in its config.json, not {wanted}: download it again"
 
 
 def _tensors(path: Path) -> dict[str, Any]:
