@@ -185,6 +185,10 @@ def test_measurements_that_do_not_fit_each_other(match, values):
         ("model has an unknown field 'depth'", {"model": {"depth": 3}}),
         ("model lacks head_dim, heads, hidden, intermediate, kv_heads, layers", {"model": {"type": "llama"}}),
         ("model: layers 0 is not", {"model": {**WHOLE.to_dict()["model"], "layers": 0}}),
+        (
+            "calibration: tiers 5 is not a list of names",
+            {"calibration": {**WHOLE.to_dict()["calibration"], "tiers": 5}},
+        ),
         ("calibration: order .* does not name", {"calibration": {**WHOLE.to_dict()["calibration"], "order": []}}),
     ],
 )

@@ -68,7 +68,7 @@ class Calibration:
                 raise InputError(f"{name} {getattr(self, name)!r} is not a {_STRINGS[name]}: calibrate again")
         if not isinstance(self.versions, Mapping) or not all(isinstance(v, str) for v in self.versions.values()):
             raise InputError(f"versions {self.versions!r} is not a mapping of names to versions: calibrate again")
-        object.__setattr__(self, "tiers", tuple(self.tiers))
+        object.__setattr__(self, "tiers", _names(self.tiers, "tiers"))
         if (len(self.thresholds), len(self.tiers)) not in ((0, 0), (2, layers)) or set(self.tiers) - set(TIERS):
             raise InputError(
                 f"thresholds {list(self.thresholds)} and tiers {list(self.tiers)} are not two numbers and one of "
@@ -268,11 +268,12 @@ def _build(kind: type, values: Any, where: str) -> Any:
         return kind(**values)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except TypeError:
+    except TypeError as error:
         required = {entry.name for entry in fields(kind) if entry.default is MISSING}
         required = {"ranks", "dropped"} if kind is SyncPlan else required
         missing = ", ".join(sorted(required - set(values)))
-        raise InputError(f"{where} lacks {missing}: write it with SyncPlan.save") from None
+        wrong = f"lacks {missing}" if missing else f"has a field of the wrong kind ({error})"
+        raise InputError(f"{where} {wrong}: write it with SyncPlan.save") from None
 
 
 def _integer(value: Any, name: str, minimum: int) -> None:
@@ -315,6 +316,12 @@ def _numbers(value: Any, name: str) -> tuple[float, ...]:
         if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
             raise InputError(f"{name} holds {number!r}, not a finite number: calibrate again")
     return tuple(float(number) for number in value)
+
+
+def _names(value: Any, name: str) -> tuple[str, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(each, str) for each in value):
+        raise InputError(f"{name} {value!r} is not a list of names: calibrate again")
+    return tuple(value)
 
 
 def _plain(value: Any) -> Any:
