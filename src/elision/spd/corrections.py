@@ -82,10 +82,10 @@ def correction_of(block: Block, ranks: int, kind: str) -> Correction:
 
 @torch.no_grad()
 def fill(correction: Correction, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy `tensors`, by parameter name, into `correction`.
+    """Copy `tensors`, by parameter name, into `correction`, whose dtype and device they take; others are left out.
 
     Raises:
-        InputError: one is missing, or has another shape or dtype than its parameter.
+        InputError: one is missing, or has another shape than its parameter.
     """
     for name, parameter in correction.named_parameters():
         tensor = tensors.get(name)
