@@ -641,3 +641,21 @@ def test_an_adapters_directory_is_sent_to_its_base(tmp_path: Path) -> None:
     LoraConfig(base_model_name_or_path="some/base").save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"is a PEFT adapter, not a model: give the base model that .*adapter_config"):
         blocks.load_config(tmp_path)
+
+
+def test_an_id_is_refused_soon_where_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ConnectError(Exception):
+        """As the hub client's."""
+
+    class Session:
+        def head(self, *_: Any, **__: Any) -> None:
+            raise ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(families, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(families, "get_session", Session)
+    monkeypatch.setattr(families.PretrainedConfig, "get_config_dict", lambda *_: pytest.fail("went to the hub"))
+    match = (
+        "^model 'no/such' is not a directory nor in the local cache, and the hub cannot be reached .*not known.: give"
+    )
+    with pytest.raises(InputError, match=match):
+        blocks.load_config("no/such")

@@ -15,11 +15,12 @@ residual stream plus a partial sum of attention outputs. With f attention or MLP
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import is_offline_mode
+from huggingface_hub import constants, get_session, is_offline_mode, try_to_load_from_cache
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from elision import files
@@ -316,11 +317,39 @@ def _from_hub(name: str) -> dict:
     remedy = "give a model's directory, its Hugging Face id or 'reference'"
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_file():
         raise InputError(f"{missing}: {remedy}")
+    if not is_offline_mode() and not _cached(name) and (reason := _unreachable()):
+        raise InputError(f"{missing} nor in the local cache, and the hub cannot be reached ({reason}): {remedy}")
     try:
         return PretrainedConfig.get_config_dict(name)[0]
     except Exception as error:  # the hub client's errors have no common class
         where = "in the local cache (HF_HUB_OFFLINE is set)" if is_offline_mode() else f"on the hub ({_line(error)})"
         raise InputError(f"{missing}, nor is it {where}: {remedy}") from error
+
+
+def _cached(name: str) -> bool:
+    """Whether the local cache has the config of this id."""
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # no id at all
+        return False
+
+
+def _unreachable() -> str | None:
+    """Why nobody answers at the hub's address, twice within a second; None where somebody does, or is only slow.
+
+    The hub client itself would try for half a minute.
+    """
+    for pause in (1.0, 0.0):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10.0)
+        except Exception as error:  # the client's library is one or another
+            if type(error).__name__ != "ConnectError":
+                return None
+            reason = _line(error)
+            time.sleep(pause)
+        else:
+            return None
+    return f"{constants.ENDPOINT}: {reason}"
 
 
 def _line(error: Exception) -> str:
