@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from elision.errors import InputError
-from elision.families import check_original, load_config, model_path, refusal
+from elision.families import TREATED, check_original, load_config, model_path, refusal
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -74,9 +76,28 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_path(source))
+        with _no_false_alarm():
+            return AutoTokenizer.from_pretrained(model_path(source))
     except Exception as error:  # as above
         raise InputError(f"tokenizer of model {source} cannot be read ({_line(error)}): save it beside it") from error
+
+
+@contextmanager
+def _no_false_alarm() -> Iterator[None]:
+    """Keep transformers, which reads a tokenizer's class from the config, from warning of a treated checkpoint's type.
+
+    No model is made from that config; every other message passes.
+    """
+
+    def passes(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(f"You are using a model of type `{TREATED}")
+
+    logger = logging.getLogger("transformers.configuration_utils")
+    logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        logger.removeFilter(passes)
 
 
 def load_adapter(model: Any, path: Path) -> Any:

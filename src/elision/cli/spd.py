@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,8 +68,7 @@ def generate(
     from elision.spd.runtimes import tasks
 
     chosen = _plan(model, plan, ranks, dtype)
-    with _no_false_alarm():
-        tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -205,25 +201,6 @@ def _plan(model: str, path: Path | None, ranks: int | None, dtype: str) -> SyncP
         raise InputError(f"--ranks {ranks} is given beside --plan, which says the ranks itself: leave one out")
     given = SyncPlan.load(path) if path is not None else None if ranks is None else SyncPlan(ranks)
     return runtime.planned(model, given)[1]
-
-
-@contextmanager
-def _no_false_alarm() -> Iterator[None]:
-    """Keep transformers, which reads a tokenizer's class from the config, from warning of a treated checkpoint's type.
-
-    No model is made from that config; every other message passes.
-    """
-    from elision.families import TREATED
-
-    def passes(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(f"You are using a model of type `{TREATED}")
-
-    logger = logging.getLogger("transformers.configuration_utils")
-    logger.addFilter(passes)
-    try:
-        yield
-    finally:
-        logger.removeFilter(passes)
 
 
 def _launch(ranks: int, task: Any, *arguments: Any) -> Any:
