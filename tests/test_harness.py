@@ -33,6 +33,18 @@ def test_word_problems_score_as_our_own_loop_does(loaded: tuple[Any, Any]) -> No
     assert score.value == evaluate.accuracy(correct)
 
 
+def test_git_is_not_heard_outside_of_a_repository(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval import evaluator
+
+    own = evaluator.get_git_commit_hash
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    harness.run(*loaded, ["elision_word_problems"], limit=2)
+    assert "fatal" not in capfd.readouterr().err and evaluator.get_git_commit_hash is own
+
+
 def test_a_plan_changes_what_is_scored(
     loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

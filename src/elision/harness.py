@@ -14,7 +14,8 @@ import importlib
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def run(
     backend = importlib.import_module("lm_eval.models.huggingface").HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device)
     )
-    with evaluating(model):
+    with evaluating(model), _no_commit(evaluator):
         try:
             found = evaluator.simple_evaluate(
                 backend, tasks=list(tasks), limit=limit, num_fewshot=shots, task_manager=manager, bootstrap_iters=1000
@@ -73,6 +74,18 @@ def run(
             line = " ".join(str(error).split())[:200]
             raise InputError(f"tasks {', '.join(tasks)} cannot be read ({line}): download their data first") from error
     return [score for task in found["samples"] for score in _scores(task, found)]
+
+
+@contextmanager
+def _no_commit(evaluator: Any) -> Iterator[None]:
+    """Inside, the harness does not ask git for the commit of the current directory, of which git may complain aloud."""
+    name = "get_git_commit_hash"
+    own = getattr(evaluator, name, None)
+    setattr(evaluator, name, lambda: None)  # what `found` would say of it is not read here
+    try:
+        yield
+    finally:
+        setattr(evaluator, name, own) if own is not None else delattr(evaluator, name)
 
 
 def difference(score: Score, baseline: Score) -> Interval | None:
