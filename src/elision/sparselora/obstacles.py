@@ -55,19 +55,19 @@ def model_obstacle(model: nn.Module, view: Decoder, own: Set[int]) -> str | None
         return "FSDP2 without a unit for each layer"
     dtype, products, device = row_dtype(view), product_dtype(view), view.blocks[0].q.base.weight.device
     for block in view.blocks:
-        if _at_zero(block.activation):
-            return f"an activation that is not 0 at 0 in layer {block.index}"
         if reason := _layer_obstacle(block, dtype, products, device, own):
             return f"{reason} in layer {block.index}"
+        if _alive_at_zero(block.activation):
+            return f"an activation that is not 0 at 0 in layer {block.index}"
     return None
 
 
 @torch.no_grad()
-def _at_zero(activation: Callable[[Tensor], Tensor]) -> bool:
+def _alive_at_zero(activation: Callable[[Tensor], Tensor]) -> bool:
     """Whether a channel without base product is not 0 behind the activation, as mlp.py takes it to be."""
     state = next(activation.parameters(), None) if isinstance(activation, nn.Module) else None
-    zero = torch.zeros(1, 1) if state is None else torch.zeros(1, 1, dtype=state.dtype, device=state.device)
-    return float(activation(zero)) != 0.0
+    where = torch.empty(0, device="cpu") if state is None else state  # the CPU, where reading it waits for nothing
+    return float(activation(where.new_zeros(1, 1))) != 0.0
 
 
 def row_dtype(view: Decoder) -> torch.dtype:
