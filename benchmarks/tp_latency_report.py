@@ -53,6 +53,21 @@ def page(found: dict[str, Any], beside: str) -> str:
             over = rows["all syncs"]["ms"] / rows["bare"]["ms"] - 1
             cells = [link["link"], work, f"{rows['single process']['ms']:.1f}", f"{rows['bare']['ms']:.1f}"]
             lines.append("| " + " | ".join([*cells, f"{over:+.1%}", f"{rows['bare dropped']['saved']:.1%}"]) + " |")
+    lines += [
+        "",
+        "What alpha and beta, fitted to all-reduces of other sizes on the link, say that dropping all saves:",
+        "",
+    ]
+    lines += [
+        "| link | alpha, us | GB/s | work | saved, ms | ideal, ms | model, ms |",
+        "| --- | --: | --: | --- |" + " --: |" * 3,
+    ]
+    for link in found["links"]:
+        fit = [link["link"], f"{link['alpha_us']:.0f}", f"{link['gbytes_per_s']:.3g}"]
+        for work, rows in by_work(link).items():
+            dropped = rows["all dropped"]
+            cells = [*fit, work, *(f"{dropped[kind]:.1f}" for kind in ("saved_ms", "ideal_ms", "model_ms"))]
+            lines.append("| " + " | ".join(cells) + " |")
     if found.get("vllm"):
         own = ", ".join(f"{row['workload']} {row['all_reduce_ms']:.3f} ms" for row in found["vllm"])
         lines += ["", f"One cold all-reduce in vLLM's shared memory, the same sizes: {own}."]
@@ -64,7 +79,9 @@ def page(found: dict[str, Any], beside: str) -> str:
         "",
         "The ideal is the number of dropped syncs times one cold all-reduce. Savings above it are the waiting for the",
         "slower rank that a dropped sync also removes. A share of the ideal is a bar only where the ideal exceeds the",
-        "noise (the quartiles' distance).",
+        "noise (the quartiles' distance). Links slower than loopback are shaped by token buckets, whose burst lets what is",
+        "small through at full speed; one alpha and one beta then lie between the two, and the model says less than the",
+        "ideal where messages are long.",
     ]
     return "\n".join(lines) + "\n"
 
