@@ -24,14 +24,17 @@ def page(found: dict[str, Any], beside: str) -> str:
         "# A fine-tuning step, timed",
         "",
         f"`python benchmarks/finetune_step.py`, {found['date']}: {found['threads']} threads of {found['machine']},",
-        f"torch {found['torch']}, medians of {found['rounds']} turns, bfloat16, random weights, LoRA r 32 on QKVO.",
+        f"torch {found['torch']}, {found['rounds']} turns, bfloat16, random weights, LoRA r 32 on QKVO.",
+        "Steps are medians, with the quartiles behind them: how far apart these are is how far to trust a ratio.",
         f"What the variants are stands at the top of the program; the JSON of the run is [beside this page]({beside}).",
         "",
-        "| shape | output | variant | step, ms | over PEFT | over PEFT bf16 adapters | ideal | efficiency | peak MB |",
-        "| --- | --- | --- |" + " --: |" * 6,
+        "| shape | output | variant | step, ms | quartiles | over PEFT | over PEFT bf16 adapters | ideal | efficiency "
+        "| peak MB |",
+        "| --- | --- | --- |" + " --: |" * 7,
     ]
     for row in found["rows"]:
         cells = [row["shape"], share(row), row["variant"], f"{row['step_ms']:.0f}"]
+        cells.append("{:.0f} to {:.0f}".format(*row["quartiles_ms"]))
         cells += [f"{row[key]:.2f}x" for key in ("speedup", "speedup_bf16", "ideal")]
         lines.append("| " + " | ".join([*cells, f"{row['efficiency']:.0%}", str(row["peak_mb"])]) + " |")
     lines += [

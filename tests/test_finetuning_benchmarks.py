@@ -63,7 +63,8 @@ def test_finetune_step(
     assert found["benchmark"] == "finetune_step" and tuple(rows) == benchmark.available("cpu")
     asked = {"variant", "shape", "output_share", "device", "step_ms", "speedup", "ideal", "efficiency", "peak_mb"}
     for row in rows.values():
-        assert asked | {"gflops", "tokens_per_s", "speedup_bf16"} == row.keys()
+        assert asked | {"gflops", "tokens_per_s", "speedup_bf16", "quartiles_ms"} == row.keys()
+        assert row["quartiles_ms"][0] <= row["step_ms"] <= row["quartiles_ms"][1]
         assert all(value > 0 for value in row.values() if isinstance(value, float | int) and not math.isnan(value))
     assert json.loads((tmp_path / "step.json").read_text()) == found
     assert f"| tiny | 25% | sparse + lossless | {rows['sparse + lossless']['step_ms']:.0f} |" in (
