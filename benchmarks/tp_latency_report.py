@@ -80,8 +80,8 @@ def page(found: dict[str, Any], beside: str) -> str:
         "The ideal is the number of dropped syncs times one cold all-reduce. Savings above it are the waiting for the",
         "slower rank that a dropped sync also removes. A share of the ideal is a bar only where the ideal exceeds the",
         "noise (the quartiles' distance). Links slower than loopback are shaped by token buckets, whose burst lets",
-        "small messages through at full speed; one alpha and one beta then lie between the two, and the model says less than",
-        "the ideal where messages are long.",
+        "small messages through at full speed; one alpha and one beta then lie between the two, and the model says",
+        "less than the ideal where messages are long.",
     ]
     return "\n".join(lines) + "\n"
 
