@@ -125,13 +125,23 @@ def serve(rank: int, places: list[str], dtype: torch.dtype | str = "auto") -> li
 
 
 @torch.no_grad()
-def toggle(rank: int, place: str, plan: SyncPlan) -> dict[str, Tensor]:
+def _code(model: Any) -> dict[str, str]:
+    """What every module of `model` runs, and the layout of its weights: what a speed could differ by."""
+    return {
+        name: f"{module.forward.__module__}.{module.forward.__qualname__} "
+        + ", ".join(f"{key} {getattr(value, 'placements', '')}" for key, value in module._parameters.items())
+        for name, module in model.named_modules()
+    }
+
+
+def toggle(rank: int, place: str, plan: SyncPlan) -> dict[str, Any]:
     """transformers' own tensor parallelism, ours with an empty plan, and with `plan` dropped and given back."""
     own: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         place, distributed_config=DistributedConfig(tp_size=plan.ranks, tp_plan="auto")
     )
     model = runtime.load(place)
     seen = {"own": own(token_ids()).logits, "empty": model(token_ids()).logits}
+    seen |= {f"{name} code": _code(made) for name, made in (("own", own), ("empty", model))}
     with runtime.drop_syncs(model, plan):
         seen["dropped"] = model(token_ids()).logits
         try:

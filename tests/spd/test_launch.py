@@ -19,7 +19,7 @@ from elision.cli import app
 from elision.errors import InputError
 from elision.loading import load_model, load_tokenizer
 from elision.spd import SyncPlan, simulate
-from elision.spd.runtimes import tasks
+from elision.spd.runtimes import latency, tasks
 from elision.spd.runtimes.latency import Workload
 from elision.spd.runtimes.launch import launch
 from elision.spd.runtimes.ranks import RankLostError
@@ -86,6 +86,18 @@ def test_bench_times_every_variant_in_turns(tmp_path):
         assert (row["ideal_ms"] is None) == (row["variant"] == "all in int8")
     one, three = (rows[0]["ms"] - row["ideal_ms"] for row in rows[1:3])
     assert three == pytest.approx(3 * one)
+
+
+def test_variants_take_turns_forwards_and_backwards_and_the_first_turn_is_to_warm_up():
+    order = []
+
+    def variant(name):
+        return lambda workload: order.append(name) or [float(len(order))]
+
+    work = Workload(1, 8)
+    found = latency.compare({name: variant(name) for name in "abc"}, [work], turns=2)
+    assert "".join(order) == "abc" + "cba" + "abc"
+    assert found == {work.name: {"a": [6.0, 7.0], "b": [5.0, 8.0], "c": [4.0, 9.0]}}
 
 
 def test_bench_times_a_plan_that_only_skips_attention_and_names_no_ideal(tmp_path):

@@ -139,6 +139,7 @@ def test_a_correction_of_another_kind_than_the_plan_names_is_refused(runs):
 def test_an_empty_plan_is_transformers_own_parallelism_and_a_dropped_one_can_be_removed(runs):
     for seen in runs[2]["toggle"]:
         assert torch.equal(seen["empty"], seen["own"])
+        assert seen["empty code"] == seen["own code"]
         assert torch.equal(seen["removed"], seen["empty"])
         assert (seen["dropped"] - seen["empty"]).abs().max() > 1e-3
         assert seen["twice"] == "block 0's forward is replaced already: remove what did it first"

@@ -125,13 +125,14 @@ def compare(
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds by workload's name and variant's, as the variants measure them; after one turn to warm up.
 
-    Variants take turns within a workload, so that a machine which slows down slows all of them.
+    Variants take turns within a workload, so that a machine which slows down slows all of them; every other turn goes
+    backwards, so that none always follows the same one, whose heat or idleness it would inherit.
     """
     found: dict[str, dict[str, list[float]]] = {w.name: {name: [] for name in variants} for w in workloads}
     for workload in workloads:
         for turn in range(turns + 1):
-            for name, measure in variants.items():
-                took = measure(workload)
+            for name in list(variants)[:: -1 if turn % 2 else 1]:
+                took = variants[name](workload)
                 if turn:
                     found[workload.name][name] += took
     return found
