@@ -307,6 +307,13 @@ class TestWholeOrAbsent:
 
 
 class TestRefusals:
+    def test_a_model_of_which_tensors_are_offloaded(self, tmp_path):
+        model = tiny("llama")
+        model.model.norm.to("meta")
+        with pytest.raises(InputError, match=r"model\.norm\.weight is offloaded, so it cannot be saved from here"):
+            spd.save(model, ZERO_SHOT, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
     def test_a_model_without_the_corrections_that_the_plan_names(self, tmp_path):
         model = tiny("llama")
         for act in (lambda: spd.save(model, CORRECTED, tmp_path / "out"), lambda: spd.simulate(model, CORRECTED)):

@@ -129,6 +129,10 @@ def _write(model: PreTrainedModel, plan: SyncPlan, directory: Path) -> None:
     state = {name: tensor for name, tensor in model.state_dict().items() if _belongs(name, plan)}
     view = decoder(model)
     streamed = is_streamed(view.blocks[0].layer)
+    if not streamed and (absent := [name for name, tensor in state.items() if tensor.is_meta]):
+        raise InputError(
+            f"{absent[0]} is offloaded, so it cannot be saved from here: load the model without device_map"
+        )
     generation = getattr(model, "generation_config", None)
     try:
         if generation is not None:
