@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,16 +144,39 @@ def is_streamed(layer: nn.Module) -> bool:
 
 @contextmanager
 def resident(layer: nn.Module) -> Iterator[None]:
-    """The layer's weights are in memory inside; afterwards they are not, where the model is streamed."""
+    """The layer's weights are in memory inside; afterwards they are not, where the model is streamed or offloaded."""
     stream: Stream | None = vars(layer).get(STREAM)
     if stream is None:
-        yield
+        with undispatched(layer.modules()):
+            yield
         return
     try:
         stream.enter(layer)
         yield
     finally:
         stream.leave(layer)
+
+
+@contextmanager
+def undispatched(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, modules that accelerate dispatched have their weights and a forward of their own, as others have."""
+    hooked: list[Any] = [module for module in modules if "_hf_hook" in vars(module)]
+    forwards = [vars(module).pop("forward") for module in hooked]
+    try:
+        for module in hooked:
+            module._hf_hook.pre_forward(module)
+        yield
+    finally:
+        for module, forward in zip(hooked, forwards, strict=True):
+            module._hf_hook.post_forward(module, None)
+            module.forward = forward
+
+
+def execution_devices(model: nn.Module) -> set[str]:
+    """The devices on which accelerate, if it dispatched the model, lets its modules compute."""
+    hooks: list[Any] = [module._hf_hook for module in model.modules() if "_hf_hook" in vars(module)]
+    each = [part for hook in hooks for part in getattr(hook, "hooks", [hook])]
+    return {str(part.execution_device) for part in each if getattr(part, "execution_device", None) is not None}
 
 
 def relocate(layer: nn.Module, file: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from elision import InputError, spd
 from elision.blocks import decoder
-from elision.spd import SyncPlan, Workload, calibrate, calibrations, simulate
+from elision.spd import SyncPlan, Workload, calibrate, calibrations, heal, simulate
 from elision.spd.calibration import Limit, _prefix, expected, predicted, tiers_of
 from elision.spd.costs import Link
 from elision.spd.streams import Quality, check_batches, last_hidden, measure
@@ -98,6 +100,35 @@ def test_a_model_that_a_device_map_put_on_one_device_is_calibrated_there(tmp_pat
         for how in ({}, {"device_map": {"": "cpu"}})
     )
     assert calibrate(placed, DATA, 3, quiet=True) == calibrate(plain, DATA, 3, quiet=True)
+
+
+@pytest.mark.parametrize("method", ["sequential", "fisher"])
+def test_a_model_that_a_device_map_offloads_to_disk_is_calibrated_to_the_same_numbers(method, tmp_path):
+    tiny("llama", tie_word_embeddings=False).save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.1": "cpu"}
+    places |= dict.fromkeys(("model.layers.0", "model.layers.2", "model.norm", "lm_head"), "disk")
+    options = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+    plain, placed = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64, **how) for how in ({}, options)
+    )
+    assert {parameter.is_meta for parameter in placed.parameters()} == {True, False}
+    state, sizes = tmp_path / "state", []
+    plans = []
+    for model in (plain, placed, placed):
+        where = None if len(plans) == 1 else state
+        plans.append(calibrate(model, DATA, 3, drop=0.5, method=method, held_out=APART, state=where, quiet=True))
+        sizes.append(len(json.loads(state.read_text())["losses"]))
+    assert plans[0] == plans[1] == plans[2] and len(set(sizes)) == 1  # nor is it another model to the state
+    assert torch.equal(placed(**DATA[0]).logits, plain(**DATA[0]).logits)  # accelerate's hooks are where they were
+    for use in (
+        lambda: heal(placed, plans[0], [*DATA, *DATA], state=tmp_path / "healing", quiet=True),
+        lambda: simulate(placed, plans[0]),
+    ):
+        with pytest.raises(InputError, match=r"dispatched by accelerate, .* with elision\.spd\.open_streamed"):
+            use()
+    placed.model.layers[1]._hf_hook.execution_device = "cuda:1"
+    with pytest.raises(InputError, match=r"is dispatched by accelerate over cpu, cuda:1: load it onto one device"):
+        calibrate(placed, DATA, 3, quiet=True)
 
 
 def test_held_out_text_says_how_far_the_prediction_is_off():

@@ -42,10 +42,10 @@ from elision.spd.lowrank import attach_lowrank
 from elision.spd.plan import CORRECTIONS, SyncPlan
 from elision.spd.polish import polish
 from elision.spd.regroup import grouped, permute
-from elision.spd.simulate import carry, check_plain, covered, facts
+from elision.spd.simulate import carry, check_visited, covered, facts
 from elision.spd.streams import Batch, check_batches, check_weights, evaluating, hash_weights, step
 from elision.spd.student import Kept, Student, cut, mean, train, training
-from elision.streaming import is_streamed, relocate, resident
+from elision.streaming import execution_devices, is_streamed, relocate, resident
 
 DEFAULT_CORRECTION = "gain"  # of a block whose plan says "correct", where the recipe names none: two vectors a rank
 
@@ -129,8 +129,7 @@ def heal(
     check_weights(view, plan)
     chosen, fitted = _treatments(plan, blocks, recipe)
     healed = replace(plan, healed=chosen, corrections={**plan.corrections, **fitted}, healing={})
-    for block in view.blocks:
-        check_plain(block, streamed=True)
+    check_visited(view)
     corrections = {i: correction_of(view.blocks[i], plan.ranks, kind) for i, kind in plan.corrections.items()}
     checked = check_batches(batches, view.config)
     if len(checked) < 2:
@@ -201,6 +200,11 @@ def heal(
 def check_streamed(view: Decoder, recipe: Recipe, state: str | Path | None) -> None:
     """Raise InputError where a model of which one block is in memory cannot be healed so."""
     if not is_streamed(view.blocks[0].layer):
+        if any(execution_devices(block.layer) for block in view.blocks):
+            raise InputError(
+                "model is dispatched by accelerate, which does not keep what offloaded blocks learn: load it onto one "
+                "device, or read it block by block with elision.spd.open_streamed (--stream)"
+            )
         return
     if state is None:
         raise InputError("model is streamed, so its healed blocks need a place on disk: give state, a directory")

@@ -40,7 +40,7 @@ from elision.progress import progress
 from elision.spd.block import add_residual, attention_share, mlp_share, spd_output
 from elision.spd.plan import EXCLUSIVE, SyncPlan
 from elision.spd.sensitivity import ascending, covered_by_all, sequential
-from elision.spd.simulate import Simulation, check_plain, head_outputs, local_block
+from elision.spd.simulate import Simulation, check_plain, check_visited, head_outputs, local_block
 from elision.spd.streams import (
     IGNORED,
     Batch,
@@ -112,8 +112,11 @@ def all_scores(
         increases = [quality.perplexity - dense.perplexity for quality in single]
         size = len(view.blocks)
         return tuple(tuple(increases[i * size : (i + 1) * size]) for i in range(len(ways)))
-    for block in view.blocks:
-        check_plain(block, streamed=method != "integrated")
+    if method != "integrated":
+        check_visited(view)
+    else:
+        for block in view.blocks:
+            check_plain(block)
     if method == "integrated":
         return tuple(_integrated(view, data, ranks, quiet) for _, ranks in ways)
     fisher = method == "fisher"

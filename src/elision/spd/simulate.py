@@ -40,7 +40,7 @@ from elision.spd.block import (
 from elision.spd.corrections import Correction, correction_of
 from elision.spd.int8 import all_reduce
 from elision.spd.plan import SyncPlan
-from elision.streaming import is_streamed
+from elision.streaming import execution_devices, is_streamed
 
 
 def simulate(model: nn.Module, plan: SyncPlan) -> Simulation:
@@ -156,17 +156,34 @@ def _of_weights(plan: SyncPlan) -> SyncPlan:
     return replace(plan, corrections={}, healing={}, model=None, calibration=None, verified=None)
 
 
+def check_visited(view: Decoder) -> None:
+    """Raise InputError unless every block can be split into ranks while it is visited, wherever its weights are.
+
+    They may be streamed, or offloaded by accelerate where one device computes and holds the embeddings.
+    """
+    devices = execution_devices(view.model)
+    if len(devices) > 1 or view.model.device.type == "meta":
+        where = f"over {', '.join(sorted(devices))}" if len(devices) > 1 else "with its embeddings offloaded"
+        raise InputError(
+            f"model is dispatched by accelerate {where}: load it onto one device, or read it block by block with "
+            "elision.spd.open_streamed (--stream)"
+        )
+    for block in view.blocks:
+        check_plain(block, streamed=True)
+
+
 def check_plain(block: Block, *, streamed: bool = False) -> None:
     """Raise InputError unless `block` can be split into ranks here: its own forward, plain weights, all present.
 
-    `streamed`: weights may be absent where they are read from the checkpoint when they are needed (streaming.py).
+    `streamed`: weights may be absent where they are read when they are needed, by streaming.py or accelerate's hooks.
     """
-    if hasattr(block.layer, "_hf_hook") or hasattr(block.o.base, "_hf_hook"):
+    parts = (block.layer, block.o.base)
+    if not streamed and any(hasattr(part, "_hf_hook") for part in parts):
         raise InputError(
             f"block {block.index} is dispatched by accelerate, over several devices or to disk: load the model onto "
             "one device, or read it block by block with elision.spd.open_streamed (--stream)"
         )
-    if "forward" in vars(block.layer) or "forward" in vars(block.o.base):
+    if any("forward" in vars(part) and not hasattr(part, "_hf_hook") for part in parts):
         raise InputError(
             f"block {block.index}'s forward is replaced already, by another simulation: remove that one first"
         )
@@ -179,7 +196,7 @@ def check_plain(block: Block, *, streamed: bool = False) -> None:
         where = f"block {block.index}'s {name} projection"
         if projection.module is not projection.base:
             raise InputError(f"{where} carries an adapter: merge it first, with model.merge_and_unload()")
-        if projection.weight.is_meta and not is_streamed(block.layer):
+        if projection.weight.is_meta and not (is_streamed(block.layer) or hasattr(projection.module, "_hf_hook")):
             raise InputError(f"{where} is offloaded: load the model without a device_map, or read it block by block")
 
 

@@ -42,8 +42,8 @@ from elision.layerwise import INPUTS, check_length, fingerprint, hash_tensor, la
 from elision.progress import progress
 from elision.spd.corrections import Correction, correction_of
 from elision.spd.plan import SyncPlan
-from elision.spd.simulate import Simulation, check_carried, check_plain, made_for
-from elision.streaming import resident
+from elision.spd.simulate import Simulation, check_carried, check_visited, made_for
+from elision.streaming import resident, undispatched
 
 Batch = Mapping[str, Tensor]
 Sums = Sequence[float]  # summed loss, summed KL divergence
@@ -88,8 +88,7 @@ def measure(
     Raises:
         InputError: a block that cannot be simulated, a state file that is not one, a perplexity that is not finite.
     """
-    for block in view.blocks:
-        check_plain(block, streamed=True)
+    check_visited(view)
     ways = [tuple(_way(plan, block.index) for block in view.blocks) for plan in plans]
     dense = (None,) * len(view.blocks)
     if reference is None and dense not in ways:
@@ -299,9 +298,11 @@ def hash_weights(digest: Any, view: Decoder) -> None:
         for block in view.blocks
         if module is block.layer
     }
-    for name, tensor in view.model.state_dict().items():
-        if not name.startswith(tuple(layers)):
-            hash_tensor(digest, name, tensor)
+    inside = {module for block in view.blocks for module in block.layer.modules()}
+    with undispatched(module for module in view.model.modules() if module not in inside):
+        for name, tensor in view.model.state_dict().items():
+            if not name.startswith(tuple(layers)):
+                hash_tensor(digest, name, tensor)
     for prefix, block in layers.items():
         with resident(block.layer):
             for name, tensor in block.layer.state_dict().items():
