@@ -77,6 +77,16 @@ def test_a_plain_forward_reads_block_by_block(tmp_path, monkeypatch):
     assert not held and all(parameter.is_meta for layer in layers for parameter in layer.parameters())
 
 
+def test_generation_goes_by_the_checkpoint_s_own_config(tmp_path):
+    whole = tiny("llama")
+    whole.generation_config.update(eos_token_id=[5, 7], max_new_tokens=3)
+    whole.save_pretrained(tmp_path)
+    found = open_streamed(tmp_path).generation_config
+    assert (found.eos_token_id, found.max_new_tokens) == ([5, 7], 3)
+    (tmp_path / "generation_config.json").unlink()
+    assert open_streamed(tmp_path).generation_config.eos_token_id == whole.config.eos_token_id
+
+
 def test_weights_are_let_go_after_a_failure(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     streamed = open_streamed(tmp_path)

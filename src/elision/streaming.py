@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from elision.blocks import decoder, load_config, model_path, refusal
 from elision.errors import InputError
@@ -210,6 +210,8 @@ def open_streamed(
     found = _checkpoint(model_path(source))
     with init_empty_weights():  # buffers are real: rotations have some
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    with suppress(OSError):  # none: what the model's config says of generation
+        model.generation_config = GenerationConfig.from_pretrained(model_path(source))
     view = decoder(model.eval())
     names = {module: name for name, module in model.named_modules()}
     own: dict[str, Place] = {}
