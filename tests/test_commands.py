@@ -177,18 +177,18 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
     if kind == "plan of another model":
         SyncPlan(2, (40,)).save(plan)
         return [*score, "--plan", plan], "40"
-    if kind == "rows beyond a table of positions":
+    if kind in BEYOND:
         tokenizer = load_tokenizer("reference")
         tiny("opt", vocab_size=len(tokenizer)).save_pretrained(folder / "opt")
         tokenizer.save_pretrained(folder / "opt")
-        return [
-            "eval",
-            folder / "opt",
-            *score[2:-1],
-            65,
-            "--run",
-            folder / "run",
-        ], "has 65 tokens, this OPT model has 64"
+        beyond = {
+            "rows": ["eval", folder / "opt", *score[2:-1], 65, "--run", folder / "run"],
+            "a prompt": ["spd", "generate", folder / "opt", "--ranks", 2, "--prompt", "def", "--new-tokens", 64],
+            "a timed prompt": ["spd", "bench", folder / "opt", "--ranks", 2, "--prompt-tokens", 65, "--new-tokens", 1],
+            "pages": ["sparselora", "calibrate", folder / "opt", "--data", answers, "--flops", 0.5, "--out", plan],
+        }
+        answers.write_text(json.dumps([{"prompt": "a " * 90, "completion": "b"}]))
+        return beyond[kind.removesuffix(BEYOND_IT)], "OPT model has 64 positions"
     if kind == "broken plan":
         plan.write_text('{"version": 1, "ran')
         return [*score, "--plan", plan], "plan.json is not JSON"
@@ -267,12 +267,13 @@ KINDS = (
     "a plan to heal for another model, a plan without drops, truncated weights, plan of another model, "
     "broken plan, no adapter, sparsity, plan and sparsity, missing plan, sparsity plan of another model, no answers, "
     "every label -100, unknown family, recovered, plan of the other method, sparsity plan to serve, no place, "
-    "no place for the run, a page into a file, no epochs, a finished adapter, a broken line, a chat, "
-    "rows beyond a table of positions"
+    "no place for the run, a page into a file, no epochs, a finished adapter, a broken line, a chat"
 ).split(", ")
+BEYOND_IT = " beyond a table of positions"
+BEYOND = [f"{what}{BEYOND_IT}" for what in ("rows", "a prompt", "a timed prompt", "pages")]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *RECIPES])
+@pytest.mark.parametrize("kind", [*KINDS, *BEYOND, *RECIPES])
 def test_bad_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path, text: Path) -> None:
     arguments, message = bad(kind, tmp_path, text)
     before = sorted(tmp_path.rglob("*"))

@@ -60,7 +60,7 @@ def sparsity_calibration(
     from elision.sparselora.plan import PARTS
     from elision.sparselora.stopwatch import step_seconds
 
-    data = sweep.check(batches, model.config.vocab_size)
+    data = sweep.check(batches, model.config)
     grid = calibration.GRID
     most = SparsityPlan.uniform(model, grid[-1], **settings)
     layers, variants = most.model.layers, len(PARTS) * len(grid)

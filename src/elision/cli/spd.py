@@ -12,6 +12,8 @@ from elision.cli.common import Commands, Json, Model, RunDirectory, run_director
 from elision.errors import InputError
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from elision.spd import SyncPlan
 
 app = typer.Typer(
@@ -64,10 +66,11 @@ def generate(
       elision spd generate model-spd --prompt "def add(a, b):" --new-tokens 32
       elision spd generate reference --plan plan.json --prompt "def add(a, b):"
     """
+    from elision.families import check_positions
     from elision.loading import load_tokenizer
     from elision.spd.runtimes import tasks
 
-    chosen = _plan(model, plan, ranks, dtype)
+    config, chosen = _plan(model, plan, ranks, dtype)
     tokenizer = load_tokenizer(model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -76,6 +79,7 @@ def generate(
     for text, real in zip(prompt, given["attention_mask"], strict=True):
         if not real.any():
             raise InputError(f"--prompt {text!r} holds no token: give text to go on from")
+    check_positions(config, int(given["attention_mask"].sum(1).max()) + new_tokens, "a --prompt with its --new-tokens")
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0, "seed": seed}
     options |= {"temperature": temperature} if temperature else {}
     inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
@@ -116,11 +120,14 @@ def bench(
     """
     from rich.table import Table
 
+    from elision.families import check_positions
     from elision.report import sources
     from elision.spd.runtimes import tasks
     from elision.spd.runtimes.latency import Workload
 
-    chosen = _plan(model, plan, ranks, dtype)
+    config, chosen = _plan(model, plan, ranks, dtype)
+    check_positions(config, prompt_tokens[0] + new_tokens, "a prompt of --prompt-tokens with its --new-tokens")
+    check_positions(config, max(prompt_tokens), "a prompt of --prompt-tokens")
     if chosen.ranks < 2:
         raise InputError("the plan is for 1 rank, which has no syncs to time: give a plan for two or more, or --ranks")
     work = [Workload(rows, prompt_tokens[0], new_tokens) for rows in batch] + [Workload(1, n) for n in prompt_tokens]
@@ -190,8 +197,8 @@ def probe(
     show(found, as_json, table)
 
 
-def _plan(model: str, path: Path | None, ranks: int | None, dtype: str) -> SyncPlan:
-    """The plan to run, with everything refused that can be before ranks are started."""
+def _plan(model: str, path: Path | None, ranks: int | None, dtype: str) -> tuple[PretrainedConfig, SyncPlan]:
+    """The model's config and the plan to run, with everything refused that can be before ranks are started."""
     from elision.spd import SyncPlan
     from elision.spd.runtimes import transformers as runtime
 
@@ -200,7 +207,7 @@ def _plan(model: str, path: Path | None, ranks: int | None, dtype: str) -> SyncP
     if path is not None and ranks is not None:
         raise InputError(f"--ranks {ranks} is given beside --plan, which says the ranks itself: leave one out")
     given = SyncPlan.load(path) if path is not None else None if ranks is None else SyncPlan(ranks)
-    return runtime.planned(model, given)[1]
+    return runtime.planned(model, given)
 
 
 def _launch(ranks: int, task: Any, *arguments: Any) -> Any:

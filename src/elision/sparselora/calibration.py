@@ -109,8 +109,8 @@ def calibrate(
     except TypeError:
         unknown = sorted(set(settings) - {"selection", "rank", "dense_steps", "rotary_pairs", "dense_outputs", "seed"})
         raise InputError(f"setting {unknown[0]!r} is not known: it is no field of a plan") from None
-    data = sweep.check(batches, view.config.vocab_size)
-    lessons = sweep.check(lessons, view.config.vocab_size) if (lessons := list(rehearse)) else []
+    data = sweep.check(batches, view.config)
+    lessons = sweep.check(lessons, view.config) if (lessons := list(rehearse)) else []
     rehearsal.check(model, lessons, learning_rate)
     works = workloads(data)
     factors = _factors(model, base, grid, factors)

@@ -28,11 +28,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 
 from elision import blocks, files
 from elision.errors import InputError
 from elision.evaluate import evaluating
-from elision.layerwise import INPUTS, fingerprint, hash_tensor, layer_calls
+from elision.layerwise import INPUTS, check_length, fingerprint, hash_tensor, layer_calls
 from elision.progress import progress
 from elision.sparselora import factors as factoring
 from elision.sparselora import tokens
@@ -263,14 +264,14 @@ def weights_of(view: blocks.Decoder, model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check(batches: Any, vocabulary: int) -> list[Batch]:
+def check(batches: Any, config: PretrainedConfig) -> list[Batch]:
     """The batches as a list, to be gone through more than once, without what is None in them.
 
     Raises:
         InputError: there are none, one lacks input_ids or labels of its shape, has tokens or labels outside the
-            vocabulary, or there is nothing to learn.
+            vocabulary or beyond the model's positions, or there is nothing to learn.
     """
-    checked = [_checked(batch, number, vocabulary) for number, batch in enumerate(batches)]
+    checked = [_checked(batch, number, config) for number, batch in enumerate(batches)]
     if not checked:
         raise InputError("data holds no batches: give at least one dict with input_ids and labels")
     if not any(bool((batch["labels"][:, 1:] != tokens.IGNORED).any()) for batch in checked):
@@ -278,7 +279,7 @@ def check(batches: Any, vocabulary: int) -> list[Batch]:
     return checked
 
 
-def _checked(batch: Any, number: int, vocabulary: int) -> Batch:
+def _checked(batch: Any, number: int, config: PretrainedConfig) -> Batch:
     given = {name: value for name, value in batch.items() if value is not None} if isinstance(batch, Mapping) else {}
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
@@ -289,7 +290,9 @@ def _checked(batch: Any, number: int, vocabulary: int) -> Batch:
         if name in given and given[name].shape != ids.shape:
             shapes = f"{tuple(given[name].shape)}, input_ids {tuple(ids.shape)}"
             raise InputError(f"batch {number}: {name} has shape {shapes}: give them the same shape")
+    vocabulary = config.vocab_size
     for name, found in (("token", ids), ("label", given["labels"][given["labels"] != tokens.IGNORED])):
         if bool(((found < 0) | (found >= vocabulary)).any()):
             raise InputError(f"batch {number} has a {name} outside the vocabulary of {vocabulary}: use its tokenizer")
+    check_length(config, given, f"batch {number}")
     return given
