@@ -11,6 +11,8 @@ import signal
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from elision import evaluate, reference_model
@@ -229,6 +231,23 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
         broken = folder / "broken.jsonl"
         broken.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": \n')
         return [*train, "--data", broken], "broken.jsonl, line 3 is not JSON (Expecting value at column 12)"
+    if kind == "turns of a chat":
+        turns = '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}'
+        answers.write_text(f"[{turns}]")
+        return [*train, "--data", answers], "row 1 holds a list or an object, not text"
+    if kind in ADAPTERS:
+        model = tiny(kind.split()[0], vocab_size=len(load_tokenizer("reference")))
+        get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"])).save_pretrained(folder / "adapter")
+        weights = folder / "adapter/adapter_model.safetensors"
+        if kind == "llama adapter in part":
+            save_file(dict(list(load_file(weights).items())[2:]), weights)
+        elif kind == "llama adapter truncated":
+            weights.write_bytes(weights.read_bytes()[:1000])
+        elif kind == "llama adapter without weights":
+            weights.unlink()
+        load_tokenizer("reference").save_pretrained(folder / "model")
+        tiny("llama", vocab_size=len(load_tokenizer("reference"))).save_pretrained(folder / "model")
+        return ["eval", folder / "model", *score[2:], "--adapter", folder / "adapter"], ADAPTERS[kind]
     if kind == "a chat":
         answers.write_text('[{"messages": [{"role": "user", "content": "a"}]}]')
         return [*train, "--data", answers], "turns of a chat are not read"
@@ -267,13 +286,19 @@ KINDS = (
     "a plan to heal for another model, a plan without drops, truncated weights, plan of another model, "
     "broken plan, no adapter, sparsity, plan and sparsity, missing plan, sparsity plan of another model, no answers, "
     "every label -100, unknown family, recovered, plan of the other method, sparsity plan to serve, no place, "
-    "no place for the run, a page into a file, no epochs, a finished adapter, a broken line, a chat"
+    "no place for the run, a page into a file, no epochs, a finished adapter, a broken line, a chat, turns of a chat"
 ).split(", ")
+ADAPTERS = {
+    "opt adapter": "does not fit the model, for which it lacks base_model.model.model.layers.0.self_attn.q_proj.lora_A",
+    "llama adapter in part": "does not fit the model, for which it lacks base_model.model.model.layers.0",
+    "llama adapter truncated": "adapter_model.safetensors cannot be read",
+    "llama adapter without weights": "holds no adapter_model.safetensors",
+}
 BEYOND_IT = " beyond a table of positions"
 BEYOND = [f"{what}{BEYOND_IT}" for what in ("rows", "a prompt", "a timed prompt", "pages")]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *BEYOND, *RECIPES])
+@pytest.mark.parametrize("kind", [*KINDS, *ADAPTERS, *BEYOND, *RECIPES])
 def test_bad_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path, text: Path) -> None:
     arguments, message = bad(kind, tmp_path, text)
     before = sorted(tmp_path.rglob("*"))
@@ -329,3 +354,13 @@ def test_a_plan_cannot_go_where_a_directory_is(tmp_path: Path, monkeypatch: pyte
         options = ["--text", "no-text", *(ranks or ["--ranks", 4]), "--out", out]
         code, said, error = run("spd", "calibrate", "no-model", *options)
         assert (code, said) == (2, "") and error.count("\n") == 1 and f"out {named} is a directory" in error
+
+
+def test_rows_that_do_not_fit_are_told_and_no_other_row_is_trained_on_more_often_for_them(tmp_path: Path) -> None:
+    rows = [{"prompt": "a " * (100 if n % 2 == 0 else 3), "completion": "b"} for n in range(128)]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows))
+    train = [*TRAIN, "--data", data, "--out", tmp_path / "adapter", "--max-length", 64, "--batch", 16, "--dry-run"]
+    code, said, error = run(*train, "--json")
+    assert code == 0 and json.loads(said)["steps"] == 4
+    assert "64 of 128 rows are left out" in error and "0 lose the end" in error

@@ -100,6 +100,8 @@ def _example(row: object, where: str) -> Example:
         )
         turns = ": turns of a chat are not read, write each as a prompt and an answer" if "messages" in row else ""
         raise InputError(f"{where} has no {missing}: its fields are {', '.join(map(str, row)) or 'none'}{turns}")
+    if any(isinstance(part, list | dict) for part in (answer, *(row.get(name) for name in names))):
+        raise InputError(f"{where} holds a list or an object, not text: write each turn of a chat as prompt and answer")
     prompt = "\n".join(str(row[name]) for name in names if row.get(name))
     if not prompt.strip() or not str(answer).strip():
         raise InputError(f"{where} has an empty prompt or answer: fill it in or drop the row")

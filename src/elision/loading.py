@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from elision.errors import InputError
 from elision.families import TREATED, check_original, load_config, model_path, refusal
 
+_WHOLE = ("embed_tokens.weight", "lm_head.weight")  # that PEFT may save beside an adapter
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -104,16 +106,43 @@ def load_adapter(model: Any, path: Path) -> Any:
     """`model` with the PEFT adapter of `path` merged into it.
 
     Raises:
-        InputError: no adapter there, or one that does not fit the model.
+        InputError: as `with_adapter` does.
     """
-    from peft import PeftModel
+    return with_adapter(model, path).merge_and_unload()
+
+
+def with_adapter(model: Any, path: Path, *, trainable: bool = False) -> Any:
+    """`model` with the PEFT adapter of `path` beside it, unmerged.
+
+    Raises:
+        InputError: no adapter there, one that cannot be read, or one that does not fit the model, in part or at all.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     if not (path / "adapter_config.json").is_file():
         raise InputError(f"adapter {path} holds no adapter_config.json: give the directory of a PEFT adapter")
+    weights = path / "adapter_model.safetensors"
+    if not weights.is_file():  # PEFT would ask the hub for it
+        raise InputError(f"adapter {path} holds no {weights.name}: save it again, with save_pretrained")
     try:
-        return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    except Exception as error:  # peft raises what its config, safetensors and torch raise
-        raise InputError(f"adapter {path} does not fit the model ({_line(error)}): give the one made for it") from error
+        with safe_open(weights, "pt") as file:
+            stored = set(file.keys())
+    except Exception as error:  # safetensors' own error class is not public
+        raise InputError(f"adapter {path}: {weights.name} cannot be read ({_line(error)}): save it again") from error
+    misfit = f"adapter {path} does not fit the model"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # a page long; below it is a sentence
+            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+    except Exception as error:  # peft raises what its config and torch raise
+        raise InputError(f"{misfit} ({_line(error)}): give the one made for it") from error
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    if missing := sorted(wanted - stored):
+        raise InputError(f"{misfit}, for which it lacks {missing[0]}: give the one made for it")
+    if unknown := sorted(name for name in stored - wanted if not name.endswith(_WHOLE)):
+        raise InputError(f"{misfit}, which has no place for {unknown[0]}: give the one made for it")
+    return adapted
 
 
 def load_texts(paths: Sequence[str | Path]) -> list[str]:

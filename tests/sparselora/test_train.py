@@ -26,8 +26,19 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def run(out: Path, settings: Settings = SETTINGS, sparsity: float = 0.5, count: int = 8, stop: bool = False) -> None:
-    base, tokenizer = reference_model.load()
+def run(
+    out: Path,
+    settings: Settings = SETTINGS,
+    sparsity: float = 0.5,
+    count: int = 8,
+    stop: bool = False,
+    base: str | None = None,
+) -> None:
+    changed, (base, tokenizer) = base, reference_model.load()
+    if changed == "bfloat16":
+        base.bfloat16()
+    elif changed is not None:
+        base.model.layers[3].mlp.up_proj.weight.data *= 2
     plan = SparsityPlan.uniform(base, sparsity, selection="weights")
     callbacks = [Stop()] if stop else []
     train(add_adapter(base, settings), tokenizer, EXAMPLES[:count], plan, out, settings, callbacks=callbacks)
@@ -44,6 +55,8 @@ def test_an_interrupted_run_is_gone_on_with_by_itself_alone(tmp_path: Path) -> N
         ({"settings": replace(SETTINGS, learning_rate=1e-3, seed=1)}, "learning_rate, seed"),
         ({"sparsity": 0.75}, "plan"),
         ({"count": 6}, "data"),
+        ({"base": "other weights"}, "base"),
+        ({"base": "bfloat16"}, "base"),
     ):
         with pytest.raises(InputError, match=rf"adapter.training has checkpoints of a run with other {name}: run that"):
             run(out, **other)

@@ -76,6 +76,7 @@ def calibrate(
       elision sparselora calibrate ./model --data pairs.jsonl --max-loss 0.01 --out plan.json
     """
     from elision import sparselora
+    from elision.loading import with_adapter
     from elision.report import sources
     from elision.sparselora.factors import check_free
 
@@ -90,7 +91,7 @@ def calibrate(
     steps = rehearse if rehearse is not None else 0 if stream or adapter is not None else REHEARSED
     loaded, batches, lessons = _load(model, data, rows, batch, max_length, dtype, stream, steps)
     if adapter is not None:
-        loaded = _with_adapter(loaded, adapter)
+        loaded = with_adapter(loaded, adapter, trainable=True)  # its branch stays dense while the base is sparse
     elif time is not None or steps:
         from elision.sparselora.train import Settings, add_adapter
 
@@ -257,29 +258,16 @@ def _load(
 
     examples = load_examples(data)
     loaded, tokenizer = load(model, dtype, stream=stream)
-    chosen = range(0, len(examples), max(1, len(examples) // rows))[:rows]
+    encoded = encode(tokenizer, examples, max_length)  # all, because rows that are too long are left out
+    chosen = range(0, len(encoded), max(1, len(encoded) // rows))[:rows]
 
     def batches(taken: Sequence[Any]) -> list[dict[str, Tensor]]:
-        encoded = encode(tokenizer, taken, max_length)
-        return [collate(encoded[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(encoded), batch)]
+        return [collate(taken[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(taken), batch)]
 
-    measured = batches([examples[i] for i in chosen])
+    measured = batches([encoded[i] for i in chosen])
     if not lessons:
         return loaded, measured, []
-    others = [example for i, example in enumerate(examples) if i not in chosen]
+    others = [row for i, row in enumerate(encoded) if i not in chosen]
     taken = others[:: max(1, len(others) // (lessons * batch))][: lessons * batch]
     learned = batches(taken) if taken else measured
     return loaded, measured, [learned[i % len(learned)] for i in range(lessons)]
-
-
-def _with_adapter(model: Any, path: Path) -> Any:
-    """`model` with the adapter of `path` beside it, unmerged: its branch stays dense while the base is sparse."""
-    from peft import PeftModel
-
-    if not (path / "adapter_config.json").is_file():
-        raise InputError(f"adapter {path} holds no adapter_config.json: give the directory of a PEFT adapter")
-    try:
-        return PeftModel.from_pretrained(model, str(path), is_trainable=True)
-    except Exception as error:  # peft raises what its config, safetensors and torch raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"adapter {path} does not fit the model ({reason}): give the one made for it") from error

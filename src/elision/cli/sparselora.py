@@ -93,8 +93,9 @@ def train(
     examples = load_examples(data)
     known = plans.plan_of(plan, mode)
     loaded, tokenizer = load(model, dtype)
+    rows = encode(tokenizer, examples, max_length)
     settings = training.Settings(
-        steps=max(1, round(epochs * len(examples) / batch)),
+        steps=max(1, round(epochs * len(rows) / batch)),
         batch=batch,
         learning_rate=learning_rate,
         rank=rank,
@@ -105,8 +106,10 @@ def train(
     if wanted is None and sparsity != 0:
         wanted = SparsityPlan.default(loaded) if sparsity is None else SparsityPlan.uniform(loaded, sparsity)
     adapted = training.add_adapter(loaded, settings)
-    rows = encode(tokenizer, examples[:: max(1, len(examples) // 64)], max_length)
-    sample = [collate(rows[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(rows), batch)]
+    spread = rows[:: max(1, len(rows) // 64)]
+    sample = [collate(spread[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(spread), batch)]
+    if lost := _lost(rows, len(examples), tokenizer.eos_token_id, max_length):
+        typer.echo(lost, err=True)
     if dry_run:
         from elision.cli import estimates
 
@@ -136,3 +139,14 @@ def train(
         kept.finish({} if told is None else {"forecast": told.line()}, training=[found], **shown)
     values = {"adapter": str(out), "steps": settings.steps, "loss": log[-1]["loss"] if log else None}
     show(values, as_json, f"adapter: {out}")
+
+
+def _lost(rows: list[dict[str, list[int]]], examples: int, end: int | None, max_length: int) -> str | None:
+    """What --max-length takes from the data, in a line; None: nothing."""
+    cut = sum(row["input_ids"][-1] != end for row in rows)
+    if len(rows) == examples and not cut:
+        return None
+    return (
+        f"--max-length {max_length}: {examples - len(rows)} of {examples} rows are left out, because their prompts "
+        f"alone are that long, and {cut} lose the end of their answers"
+    )

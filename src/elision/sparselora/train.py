@@ -22,6 +22,7 @@ from torch import Tensor
 
 from elision import blocks, data, files
 from elision.errors import InputError
+from elision.sparselora import sweep
 from elision.sparselora.apply import sparsify
 from elision.sparselora.factors import Factors
 from elision.sparselora.plan import SparsityPlan
@@ -185,6 +186,7 @@ def _identity(
     """What a run is made of: its checkpoints are of use to no other."""
     trained = [[name, list(p.shape), str(p.dtype)] for name, p in model.named_parameters() if p.requires_grad]
     told = {"data": rows, "plan": None if plan is None else plan.to_dict(), "adapter": trained}
+    told["base"] = sweep.weights_of(blocks.decoder(model), model)
     hashed = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in told.items()}
     return {**asdict(settings), **hashed}
 
