@@ -200,6 +200,14 @@ def test_one_rank_needs_no_others(tmp_path):
         assert (served_here - expected).abs().max() > 1e-3
 
 
+def test_a_second_plan_is_refused_whatever_its_blocks(tmp_path):
+    model = runtime.load(checkpoint(tmp_path / "model", "llama", SyncPlan(1)))
+    refused = pytest.raises(InputError, match="block 0's forward is replaced already: remove what did it first")
+    with runtime.drop_syncs(model, SyncPlan(1, skipped=(0,))), refused:
+        runtime.drop_syncs(model, SyncPlan(1, skipped=(2,)))
+    runtime.drop_syncs(model, SyncPlan(1, skipped=(2,))).remove()
+
+
 def test_a_healed_checkpoint_loads_with_its_own_plan_alone(tmp_path):
     place = checkpoint(tmp_path / "model", "llama", SyncPlan(1, (1,), healed=(1,)))
     assert type(runtime.load(place)).__name__ == "LlamaForCausalLM"

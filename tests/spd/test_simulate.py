@@ -304,12 +304,13 @@ class TestRefusals:
     def test_a_model_whose_norms_sit_elsewhere(self):
         self.refuse("do_layer_norm_before", tiny("opt", do_layer_norm_before=False), SyncPlan(ranks=2, dropped=(0,)))
 
-    def test_a_second_simulation_on_the_same_block(self):
+    def test_a_second_simulation_whatever_its_blocks(self):
         model = tiny("llama")
         with simulate(model, SyncPlan(ranks=3, dropped=(1,))):
-            with simulate(model, SyncPlan(ranks=3, dropped=(0,))):
-                pass
-            self.refuse("block 1's forward is replaced already", model, SyncPlan(ranks=3, dropped=(0, 1)))
+            for dropped in ((0, 1), (0,), ()):
+                self.refuse("block 1's forward is replaced already", model, SyncPlan(ranks=3, dropped=dropped))
+        with simulate(model, SyncPlan(ranks=3, dropped=(0,))):
+            pass
 
     def test_a_device_map_of_several_devices(self):
         from accelerate import dispatch_model

@@ -50,9 +50,9 @@ def simulate(model: nn.Module, plan: SyncPlan) -> Simulation:
             model.generate(...)
 
     Raises:
-        InputError: SPD's maths does not cover the model, the plan does not fit it, a dropped block is simulated
-            already, its weights cannot be split here (quantised, offloaded, or with an unmerged adapter), or the
-            model lacks a correction or the healed weights that the plan names.
+        InputError: SPD's maths does not cover the model, the plan does not fit it, the model is simulated already,
+            a planned block's weights cannot be split here (quantised, offloaded, or with an unmerged adapter), or
+            the model lacks a correction or the healed weights that the plan names.
     """
     view = covered(model, plan.ranks)
     plan.check(facts(view))
@@ -60,6 +60,8 @@ def simulate(model: nn.Module, plan: SyncPlan) -> Simulation:
     blocks, int8, skipped = (
         [view.blocks[index] for index in chosen] for chosen in (plan.dropped, plan.int8, plan.skipped)
     )
+    for block in view.blocks:  # all of them: beside the plan of another simulation this would compute a third one
+        check_unsimulated(block)
     for block in [*blocks, *int8, *skipped]:
         check_plain(block)
     corrections = {
@@ -172,6 +174,14 @@ def check_visited(view: Decoder) -> None:
         check_plain(block, streamed=True)
 
 
+def check_unsimulated(block: Block) -> None:
+    """Raise InputError unless `block` has its own forward."""
+    if any("forward" in vars(part) and not hasattr(part, "_hf_hook") for part in (block.layer, block.o.base)):
+        raise InputError(
+            f"block {block.index}'s forward is replaced already, by another simulation: remove that one first"
+        )
+
+
 def check_plain(block: Block, *, streamed: bool = False) -> None:
     """Raise InputError unless `block` can be split into ranks here: its own forward, plain weights, all present.
 
@@ -183,10 +193,7 @@ def check_plain(block: Block, *, streamed: bool = False) -> None:
             f"block {block.index} is dispatched by accelerate, over several devices or to disk: load the model onto "
             "one device, or read it block by block with elision.spd.open_streamed (--stream)"
         )
-    if any("forward" in vars(part) and not hasattr(part, "_hf_hook") for part in parts):
-        raise InputError(
-            f"block {block.index}'s forward is replaced already, by another simulation: remove that one first"
-        )
+    check_unsimulated(block)
     if is_streamed(block.layer) and not streamed:
         raise InputError(
             f"block {block.index} is read from disk when it is visited, and this needs all blocks at once: load the "

@@ -161,7 +161,7 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
 
     Raises:
         InputError: the plan does not fit the model or its number of ranks, was carried out on other weights, corrects a
-            block for which the checkpoint has no correction or another kind, or a block's sync is dropped already.
+            block for which the checkpoint has no correction or another kind, or a plan's syncs are dropped already.
     """
     check_fits(model.config, plan)
     check_carried(decoder(model), plan)
@@ -183,7 +183,7 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
                 f"{len(corrections[index]['constant'])}: use the plan that it carries"
             )
     blocks = [view.blocks[index] for index in (*plan.dropped, *plan.int8, *plan.skipped)]
-    for block in blocks:
+    for block in view.blocks:  # all of them: beside another plan's blocks these would serve a third plan
         if "forward" in vars(block.layer):
             raise InputError(f"block {block.index}'s forward is replaced already: remove what did it first")
     group = next(iter(_groups(model)), None)
