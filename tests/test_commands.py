@@ -191,6 +191,19 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
         }
         answers.write_text(json.dumps([{"prompt": "a " * 90, "completion": "b"}]))
         return beyond[kind.removesuffix(BEYOND_IT)], "OPT model has 64 positions"
+    if kind == "a baseline of another tokenizer":
+        shutil.copytree(reference_model.PATH, folder / "model")
+        values = json.loads((folder / "model" / "tokenizer.json").read_text())
+        vocabulary = values["model"]["vocab"]
+        first, second = list(vocabulary)[-2:]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        (folder / "model" / "tokenizer.json").write_text(json.dumps(values))
+        return [*score, "--rows", 2, "--against", folder / "model"], "have different tokenizers"
+    if kind == "a baseline of another vocabulary":
+        tokenizer = load_tokenizer("reference")
+        tiny("llama", vocab_size=len(tokenizer) + 8).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        return [*score, "--rows", 2, "--against", folder / "model"], "the baseline one of"
     if kind == "broken plan":
         plan.write_text('{"version": 1, "ran')
         return [*score, "--plan", plan], "plan.json is not JSON"
@@ -286,7 +299,8 @@ KINDS = (
     "a plan to heal for another model, a plan without drops, truncated weights, plan of another model, "
     "broken plan, no adapter, sparsity, plan and sparsity, missing plan, sparsity plan of another model, no answers, "
     "every label -100, unknown family, recovered, plan of the other method, sparsity plan to serve, no place, "
-    "no place for the run, a page into a file, no epochs, a finished adapter, a broken line, a chat, turns of a chat"
+    "no place for the run, a page into a file, no epochs, a finished adapter, a broken line, a chat, turns of a chat, "
+    "a baseline of another tokenizer, a baseline of another vocabulary"
 ).split(", ")
 ADAPTERS = {
     "opt adapter": "does not fit the model, for which it lacks base_model.model.model.layers.0.self_attn.q_proj.lora_A",

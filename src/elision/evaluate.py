@@ -107,8 +107,9 @@ def divergence(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str
     """KL(dense || model) and top-1 agreement on the tokens that `loss` scores.
 
     Raises:
-        InputError: no token to predict.
+        InputError: no token to predict, or models of different vocabularies.
     """
+    check_vocabularies(model, dense)
     distances: list[float] = []
     same: list[float] = []
     tokens: list[int] = []
@@ -123,6 +124,16 @@ def divergence(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str
                 sums += zeros.index_add_(0, kept.nonzero()[:, 0], values.double()).tolist()
             tokens += kept.sum(dim=1).tolist()
     return Divergence(_mean(distances, tokens), _mean(same, tokens))
+
+
+def check_vocabularies(model: nn.Module, dense: nn.Module) -> None:
+    """Raise InputError where two models predict over vocabularies of different sizes, between which there is no KL."""
+    sizes = [getattr(getattr(each, "config", None), "vocab_size", None) for each in (model, dense)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise InputError(
+            f"the model has a vocabulary of {sizes[0]}, the baseline one of {sizes[1]}, so their predictions cannot be "
+            "compared: give a baseline of the same vocabulary"
+        )
 
 
 def _targets(batch: Mapping[str, Tensor]) -> Tensor:

@@ -16,6 +16,8 @@ from elision.errors import InputError
 if TYPE_CHECKING:
     from elision.evaluate import Interval
 
+SAMPLE = 100_000  # characters of a text on which two tokenizers are compared
+
 
 def evaluate(
     ctx: typer.Context,
@@ -58,6 +60,7 @@ def evaluate(
       elision eval reference --adapter adapter --data test.jsonl --answer-tokens 64
       elision eval reference --plan plan.json --tasks elision_word_problems --limit 200
     """
+    from elision import evaluate
     from elision.data import load_examples, text_batches
     from elision.families import check_positions
     from elision.loading import load_texts
@@ -68,11 +71,15 @@ def evaluate(
     examples = None if data is None else load_examples(data)[:limit]
     with (
         _changed(model, plan, adapter, dtype) as (changed, tokenizer),
-        _baseline(model, plan, adapter, against, dtype) as base,
+        _baseline(model, plan, adapter, against, dtype) as (base, other),
     ):
+        if other is not None and against is not None:
+            _check_pair(model, tokenizer, against, other, _sample(texts, examples))
         for scored in (changed, base) if texts is not None else ():
             check_positions(getattr(scored, "config", None), tokens, "a row of --tokens")
         batches = None if texts is None else text_batches(tokenizer, texts, tokens, batch, limit=rows)
+        if batches is not None and base is not None:
+            evaluate.check_vocabularies(changed, base)
         if dry_run:
             show(_estimate(changed, base, batches, examples, tasks), as_json)
             return
@@ -122,13 +129,31 @@ def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -
 
 
 @contextmanager
-def _baseline(source: str, plan: Path | None, adapter: Path | None, against: str | None, dtype: str) -> Iterator[Any]:
-    """The model that differences are taken to, under the plan that it may carry; None where there is none."""
+def _baseline(
+    source: str, plan: Path | None, adapter: Path | None, against: str | None, dtype: str
+) -> Iterator[tuple[Any, Any]]:
+    """The model that differences are taken to, under the plan that it may carry, and its tokenizer; else two None."""
     if against is None and plan is None and adapter is None:
-        yield None
+        yield None, None
         return
-    with _changed(against or source, None, None, dtype) as (model, _):
-        yield model
+    with _changed(against or source, None, None, dtype) as found:
+        yield found
+
+
+def _sample(texts: list[str] | None, examples: list[Any] | None) -> list[str]:
+    """Some of what is scored, and a line that most tokenizers read each in their own way, for the tasks."""
+    own = [*(text[:SAMPLE] for text in texts or ()), *(example.prompt for example in examples or ())]
+    return ["Don't  pay 1,234.50 for\n\tcaf\u00e9s_inCamelCase!", *own]
+
+
+def _check_pair(source: str, tokenizer: Any, against: str, other: Any, sample: list[str]) -> None:
+    """Both models are given the tokens of the first one's tokenizer, which to another are other words."""
+    same = tokenizer.get_vocab() == other.get_vocab()
+    if not same or any(tokenizer.encode(text) != other.encode(text) for text in sample):
+        raise InputError(
+            f"{source} and --against {against} have different tokenizers, so the same text is other tokens to each: "
+            "score each alone, or give a baseline of the same tokenizer"
+        )
 
 
 def _text(model: Any, base: Any, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
