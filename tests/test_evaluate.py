@@ -59,6 +59,31 @@ def test_nothing_to_predict_is_refused(model: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (
+            {"input_ids": torch.full((2, 8), 5000)},
+            "input_ids of a batch have token 5000, the model's vocabulary has",
+        ),
+        ({"input_ids": torch.full((2, 8), -1)}, "token -1"),
+        ({"input_ids": torch.ones(2, 8, dtype=torch.int64), "labels": torch.full((2, 8), 50)}, "labels .* token 50"),
+        ({"input_ids": torch.ones(2, 8, dtype=torch.int64), "labels": torch.ones(8)}, "give them the same shape"),
+        ({"input_ids": torch.ones(8, dtype=torch.int64)}, r"input_ids \(8,\) of torch.int64, not \(batch, sequence\)"),
+    ],
+)
+def test_tokens_that_the_model_does_not_have_are_refused(model: Any, batch: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        evaluate.loss(model, [batch])
+    with pytest.raises(InputError, match=words):
+        evaluate.divergence(model, model, [batch])
+
+
+def test_prompts_outside_the_vocabulary_are_refused(model: Any) -> None:
+    with pytest.raises(InputError, match=r"the prompts have token \d+, the model's vocabulary has 50"):
+        evaluate.answers(model, load_tokenizer("reference"), ["def add(a, b): zebra"], 4)
+
+
+@pytest.mark.parametrize(
     ("text", "answer"),
     [
         ("3 + 4 = 7. #### 7", "7"),

@@ -63,6 +63,7 @@ def row_losses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> lis
     found: list[RowLoss] = []
     with evaluating(model):
         for batch in batches:
+            _check(model, batch)
             labels = _targets(batch)
             kept = labels != IGNORED
             nats = F.cross_entropy(_logits(model, batch)[kept].float(), labels[kept], reduction="none")
@@ -115,6 +116,8 @@ def divergence(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str
     tokens: list[int] = []
     with evaluating(model), evaluating(dense):
         for batch in batches:
+            for each in (model, dense):
+                _check(each, batch)
             kept = _targets(batch) != IGNORED
             changed, target = (_logits(each, batch)[kept].float().log_softmax(-1) for each in (model, dense))
             kl = (target.exp() * (target - changed)).sum(-1)
@@ -145,8 +148,39 @@ def _targets(batch: Mapping[str, Tensor]) -> Tensor:
     return labels[:, 1:]
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def _check(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Raise InputError where the model would fail on the batch with an IndexError, or a device with an assertion."""
+    ids, vocabulary = batch["input_ids"], getattr(getattr(model, "config", None), "vocab_size", None)
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise InputError(
+            f"a batch has input_ids {tuple(ids.shape)} of {ids.dtype}, not (batch, sequence) of token numbers: "
+            "tokenize the data"
+        )
+    for name in ("attention_mask", "labels"):
+        if batch.get(name) is not None and batch[name].shape != ids.shape:
+            raise InputError(
+                f"{name} of a batch have shape {tuple(batch[name].shape)}, its input_ids {tuple(ids.shape)}: "
+                "give them the same shape"
+            )
     check_length(getattr(model, "config", None), batch, "a batch")
+    labels = batch.get("labels")
+    given = {"input_ids": ids} | ({} if labels is None else {"labels": labels.masked_fill(labels == IGNORED, 0)})
+    for name, found in given.items():
+        if vocabulary is not None and found.numel():
+            check_tokens(vocabulary, torch.stack(found.aminmax()).tolist(), f"{name} of a batch")
+
+
+def check_tokens(vocabulary: int, tokens: Iterable[int], what: str) -> None:
+    """Raise InputError, naming `what`, where one of `tokens` is none of the model's."""
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            raise InputError(
+                f"{what} have token {token}, the model's vocabulary has {vocabulary}: "
+                "tokenize with the model's own tokenizer"
+            )
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     return model(**inputs, use_cache=False).logits[:, :-1]
 
@@ -185,6 +219,8 @@ def answers(
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     longest = max(map(len, encoded), default=0) + max_new_tokens
     check_positions(getattr(model, "config", None), longest, f"a prompt with {max_new_tokens} tokens of answer")
+    if (vocabulary := getattr(getattr(model, "config", None), "vocab_size", None)) is not None:
+        check_tokens(vocabulary, (token for row in encoded for token in row), "the prompts")
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [""] * len(prompts)
     end = tokenizer.eos_token_id
