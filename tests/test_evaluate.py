@@ -201,6 +201,14 @@ def test_one_row_has_no_interval() -> None:
         ("The answer is TRUE", "the answer  is true", True),
         ("false", "true", False),
         ("", "3", False),
+        ("CO2", "H2", False),
+        ("B2B", "2", False),
+        ("about 1,2,3", "123", False),
+        ("the range is 3-5", "5", True),
+        ("#### 7 eggs", "7", True),
+        ("7", "#### 7 eggs", True),
+        ("#### yes", "Yes", True),
+        ("x = -3", "3", False),
     ],
 )
 def test_exact_match(given: str, expected: str, same: bool) -> None:

@@ -20,7 +20,8 @@ from elision.families import check_positions
 from elision.layerwise import check_length
 
 Z = statistics.NormalDist().inv_cdf(0.975)  # of a two-sided 95% interval
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# Not the digits of a word (CO2, v1.5); a hyphen behind one is no sign (3-5); commas part groups of three (1,234).
+_NUMBER = re.compile(r"(?:(?<!\w)-)?(?<!\w)(?<!\w\.)(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?![^\W\d]+\d)")
 
 
 class Interval(NamedTuple):
@@ -247,12 +248,12 @@ def answers(
 
 
 def final_answer(text: str) -> str:
-    """What follows "####", else the last number of the text; "" where there is neither."""
-    if "####" in text:
-        text = text.rsplit("####", 1)[1]
-        return text.split("\n")[0].strip().rstrip(".").replace(",", "")
-    numbers = _NUMBER.findall(text)
-    return numbers[-1].replace(",", "") if numbers else ""
+    """The last number of the line behind "####", or else of the text; without a number, what stands behind "####"."""
+    _, marked, line = text.rpartition("####")
+    line = line.split("\n")[0] if marked else text
+    if numbers := _NUMBER.findall(line):
+        return numbers[-1].replace(",", "")
+    return line.strip().rstrip(".") if marked else ""
 
 
 def exact_match(given: str, expected: str) -> bool:
@@ -261,7 +262,8 @@ def exact_match(given: str, expected: str) -> bool:
     try:
         return float(ends[0]) == float(ends[1])
     except ValueError:
-        return given.lower().split() == expected.lower().split()
+        words = [text.rpartition("####")[2].lower().split() for text in (given, expected)]
+        return words[0] == words[1]
 
 
 def accuracy(correct: Sequence[bool | int]) -> Interval:
