@@ -49,7 +49,7 @@ CASES: dict[int, list[Case]] = {
 }
 
 
-UP = "model.layers.1.mlp.up_proj.weight"
+UP, Q = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
 def without(source: str, place: Path, name: str, instead: torch.Tensor | None = None) -> str:
@@ -76,11 +76,17 @@ def runs(tmp_path_factory):
     empty, full = make("empty", "llama", SyncPlan(2), **SIZES), make("full", "llama", SyncPlan(2, ALL), **SIZES)
     full_corrected = make("corrected", "llama", CORRECTED, **SIZES)
     four = make("four", "llama", SyncPlan(4, ALL), **WIDE)
+    query = load_file(Path(full) / "model.safetensors")[Q]
+    others = {
+        "settings": make("settings", "llama", SyncPlan(2, ALL), **SIZES, rms_norm_eps=1e-3),
+        "weights": without(full, room / "weights", Q, query + 0.01),  # a fine-tuned one, say
+    }
     two: dict[str, served.Task] = {
         "serve": cases(2),
         "toggle": (served.toggle, (empty, SyncPlan(2, ALL))),
         "sample": (served.sample, (full,)),
         "plans": (served.refused, ([full, empty],)),
+        **{name: (served.refused, ([full, other],)) for name, other in others.items()},
         "missing": (served.refused, ([full, str(room / "nowhere")],)),
         "number": (served.refused, ([four, four],)),
         "lacking": (served.refused, ([full, without(full, room / "lacking", UP)],)),
@@ -169,6 +175,13 @@ def test_ranks_with_different_or_broken_plans_refuse_to_start(runs):
         "plan is for 4 ranks, this run has 2: start it with torchrun --nproc-per-node 4, "
         "or calibrate a plan for the ranks that you have"
     }
+
+
+def test_ranks_with_different_models_refuse_to_start(runs):
+    for name, what in (("settings", "config"), ("weights", "weights")):
+        assert set(runs[2][name]) == {
+            f"rank 1 has another model than rank 0 (their {what} differ): give every rank the same checkpoint"
+        }
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ serving the dense model.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
@@ -22,6 +25,11 @@ from elision.spd.plan import ModelFacts, SyncPlan
 # What of a plan the runtimes carry out; a plan that says more is refused, whatever it is.
 KNOWN = {"version", "ranks", "dropped", "healed", "corrections", "int8", "skipped", "model", "calibration"}
 RECORDS = {"heads", "healing", "verified"}  # what was done to the weights, is still to do, was measured: no arithmetic
+
+
+# Settings that say where a config is from, or what is compared apart from it, but nothing of what is computed.
+ORIGINS = {"_name_or_path", "architectures", "dtype", "spd_plan", "torch_dtype", "transformers_version"}
+SAMPLED = 4  # rows of a matrix, from its first on, that stand for all
 
 
 def plan_of(config: PretrainedConfig, where: str = "the model's config") -> SyncPlan:
@@ -89,3 +97,31 @@ def corrections_of(source: str | Path, plan: SyncPlan) -> dict[int, dict[str, Te
         for name in {"constant", kind} - set(found[index]):
             raise InputError(f"{source} lacks block {index}'s correction {name}, which its plan names: save it again")
     return found
+
+
+def fingerprint(source: str | Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, str]:
+    """What tells a model that is loaded by now from another of the same shape, by what it is of.
+
+    Of the weights as they lie on disk, because a rank holds shards of its own: the same for all ranks there, and cheap.
+    """
+    settings = {name: value for name, value in config.to_dict().items() if name not in ORIGINS}
+    directory = Path(model_path(source)).expanduser()
+    if not directory.is_dir():
+        directory = Path(snapshot_download(model_path(source), local_files_only=True))
+    sums: dict[str, str] = {}
+    for file in sorted(directory.glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118, it is no mapping
+                part = tensors.get_slice(key)
+                shape = part.get_shape()
+                step = max(1, shape[0] // SAMPLED) if len(shape) > 1 else 1
+                rows = [part[i : i + 1] for i in range(0, shape[0], step)] if len(shape) > 1 else [part[...]]
+                digest = hashlib.sha256(f"{shape} {part.get_dtype()}".encode())
+                for row in rows:
+                    digest.update(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                sums[key] = digest.hexdigest()
+    return {
+        "config": json.dumps(settings, sort_keys=True, default=str),
+        "weights": hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest(),
+        "dtype": str(dtype),
+    }

@@ -40,7 +40,7 @@ from elision.spd.block import LocalBlock, add_residual, mlp_share, plain_block, 
 from elision.spd.corrections import NAME as CORRECTION
 from elision.spd.plan import SyncPlan
 from elision.spd.runtimes import ranks
-from elision.spd.runtimes.checkpoint import check_fits, corrections_of, plan_of
+from elision.spd.runtimes.checkpoint import check_fits, corrections_of, fingerprint, plan_of
 from elision.spd.simulate import check_carried
 
 TIMEOUT = 10.0  # seconds that a rank waits for another within one all-reduce
@@ -68,9 +68,11 @@ def load(
 
     Raises:
         InputError: no plan, or one that does not fit the model, the number of processes or the other ranks' plans;
-            weights that are missing, truncated or of another shape than the config's, on this rank or another.
+            weights that are missing, truncated or of another shape than the config's, on this rank or another; or
+            another rank has another model.
     """
     error: InputError | None = None
+    held: dict[str, str] = {}
     config: Any = None
     try:
         config, plan = planned(source, plan)
@@ -89,12 +91,13 @@ def load(
             for index, tensors in corrections_of(source, plan).items()
         }
         setattr(model, _CORRECTIONS, corrections)
+        held = fingerprint(source, config, model.dtype)
     except InputError as caught:
         error = caught
     except (OSError, SafetensorError) as caught:
         what = " ".join(str(caught).split())[:200]
         error = InputError(f"weights of model {source} cannot be read ({what}): fetch or save it again")
-    _agreed(plan, error)
+    _agreed(plan, error, held)
     ranks.limit(timeout, *_groups(model))
     setattr(model, _LIMIT, timeout)
     setattr(model, _IDLE, ranks.idle_group())
@@ -326,20 +329,28 @@ def _computed(plan: SyncPlan) -> SyncPlan:
     return replace(plan, healing={}, model=None, calibration=None, verified=None)
 
 
-def _agreed(plan: SyncPlan | None, error: InputError | None) -> SyncPlan:
-    """The plan of all ranks; raise on every rank what went wrong on any, or that their plans differ."""
-    everyone = ranks.gather((plan, error and str(error)))
+def _agreed(plan: SyncPlan | None, error: InputError | None, held: Mapping[str, str] | None = None) -> SyncPlan:
+    """The plan of all ranks; raise on every rank what went wrong on any, or that their plans or what they hold differ.
+
+    Halves of two models add up to numbers like any others, so nothing would tell later.
+    """
+    everyone = ranks.gather((plan, error and str(error), held or {}))
     if error is not None:
         raise error
-    for rank, (_, message) in enumerate(everyone):
+    for rank, (_, message, _) in enumerate(everyone):
         if message is not None:
             raise InputError(f"rank {rank}: {message}")
-    first = everyone[0][0]
-    for rank, (other, _) in enumerate(everyone):
+    first, _, model = everyone[0]
+    for rank, (other, _, own) in enumerate(everyone):
         if other != first:
             raise InputError(
                 f"rank {rank} has another plan than rank 0 ({_words(other)}; {_words(first)}): "
                 "give every rank the same checkpoint"
+            )
+        if different := [name for name, value in own.items() if value != model.get(name)]:
+            raise InputError(
+                f"rank {rank} has another model than rank 0 (their {' and '.join(different)} differ): give every rank "
+                "the same checkpoint"
             )
     return first
 
