@@ -292,6 +292,9 @@ RECIPES: dict[str, tuple[list[object], str]] = {  # every option of a recipe, ea
     "rate of the polish": (["--polish-lr", "nan"], "polish_lr nan is not a learning rate"),
     "seed": (["--seed", -1], "seed -1 is not a whole number of at least 0"),
     "adapter in full": (["--adapter", "low.safetensors"], "holds low-rank healing: give --lora 8"),
+    "one batch": (["--rows", 1], "data holds one batch: give at least two (more --rows, and text that fills them)"),
+    "one batch on trial": (["--rows", 1, "--dry-run"], "data holds one batch: give at least two (more --rows,"),
+    "polish on disk on trial": (["--stream", "--polish", 1, "--dry-run"], "polish 1 trains all healed blocks together"),
     "polish on disk": (["--stream", "--polish", 1], "polish 1 trains all healed blocks together"),
 }
 KINDS = (

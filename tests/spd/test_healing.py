@@ -54,6 +54,8 @@ def test_blocks_named_by_hand_beside_a_measurement_are_predicted_by_the_shares()
         ("plan drops no sync", {"plan": SyncPlan(3)}),
         ("plan is carried out already", {"plan": SyncPlan(3, (0,), healed=(0,))}),
         ("so its healed blocks need a place on disk: give state", {}),
+        # Before held-out text is as much as looked at, here what would be refused.
+        ("data holds one batch: give at", {"state": "state", "batches": BATCHES[:1], "held_out": []}),
         ("polish 2 trains all healed blocks together", {"state": "state", "recipe": Recipe(polish=2)}),
     ],
 )

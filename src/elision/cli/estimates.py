@@ -20,6 +20,8 @@ from torch import Tensor
 from elision.report.verdict import duration
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from elision.sparselora import Factors, SparsityPlan
     from elision.spd import SyncPlan, Workload
     from elision.spd.distill import Recipe
@@ -147,18 +149,17 @@ def sync_calibration(
 
 
 def healing(
-    model: Any, plan: SyncPlan, batches: Sequence[Batch], apart: Sequence[Batch] | None, recipe: Recipe
+    model: Any, plan: SyncPlan, batches: Sequence[Batch], apart: Sequence[Batch] | None, recipe: Recipe, state: Path
 ) -> dict[str, Any]:
-    """Of `elision spd heal`: one block's step of training on one batch."""
+    """Of `elision spd heal`: one block's step of training on one batch. What healing refuses is refused."""
     from elision.spd.activations import sources
     from elision.spd.calibration import expected, on_curve
-    from elision.spd.simulate import covered, facts
+    from elision.spd.healing import ready, treatments
     from elision.spd.student import Student, cut, training
     from elision.streaming import resident
 
-    view = covered(model, plan.ranks)
-    plan.check(facts(view))
-    wanted = plan.healing or dict.fromkeys(plan.dropped, "b2b")
+    view, _ = ready(model, plan, batches, recipe, state)
+    wanted = treatments(plan)
     distilled = [block for block, how in wanted.items() if how != "correct"]
     bare = replace(plan, healing={}, calibration=None, verified=None)
     found: dict[str, Any] = {"blocks": len(wanted), "distilled": distilled, "batches": len(batches)}

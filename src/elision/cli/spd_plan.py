@@ -164,12 +164,12 @@ def heal(
     check_replaceable(out)
     loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
     batches, apart = _texts(loaded, tokenizer, text, held_out, rows, tokens)
+    place = out.resolve()  # links and ".." have other neighbours, or none
+    state = place.with_name(f".{place.name}.healing")
     if dry_run:
         from elision.cli import estimates
 
-        return show(estimates.healing(loaded, planned, batches, apart, recipe), as_json)
-    place = out.resolve()  # links and ".." have other neighbours, or none
-    state = place.with_name(f".{place.name}.healing")
+        return show(estimates.healing(loaded, planned, batches, apart, recipe, state), as_json)
     count = sum(len(batch["input_ids"]) for batch in batches)
     about = {"Healed on": f"{count} rows of {tokens} tokens of {', '.join(path.name for path in text)}"}
     with run_directory(ctx, run) as kept:

@@ -132,13 +132,7 @@ def heal(
     check_visited(view)
     corrections = {i: correction_of(view.blocks[i], plan.ranks, kind) for i, kind in plan.corrections.items()}
     checked = check_batches(batches, view.config)
-    if len(checked) < 2:
-        raise InputError("data holds one batch: give at least two, because some are held out to judge the others")
-    if chosen and cut(recipe.held_out, len(checked)) < 1:
-        raise InputError(
-            f"held_out {recipe.held_out} of {len(checked)} batches leaves none to train on: give more batches or a "
-            "smaller share"
-        )
+    check_enough(checked, chosen, recipe)
     if state is not None and Path(state).exists() and not Path(state).is_dir():
         raise InputError(f"state {state} is a file: give a directory")
     check_streamed(view, recipe, state)
@@ -195,6 +189,20 @@ def heal(
     for student in students.values():
         student.merge()
     return Treated(view.model, healed)
+
+
+def check_enough(checked: Sequence[Batch], chosen: Sequence[int], recipe: Recipe) -> None:
+    """Raise InputError unless there are batches to distil the `chosen` blocks on and others to judge them by."""
+    if len(checked) < 2:
+        raise InputError(
+            "data holds one batch: give at least two (more --rows, and text that fills them), because some are held "
+            "out to judge the others"
+        )
+    if chosen and cut(recipe.held_out, len(checked)) < 1:
+        raise InputError(
+            f"held_out {recipe.held_out} of {len(checked)} batches leaves none to train on: give more batches or a "
+            "smaller share"
+        )
 
 
 def check_streamed(view: Decoder, recipe: Recipe, state: str | Path | None) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from elision.blocks import Decoder
 from elision.errors import InputError
 from elision.spd.artifact import Treated
 from elision.spd.calibration import expected, on_curve, verified
-from elision.spd.distill import Recipe, check_streamed, heal
+from elision.spd.distill import Recipe, check_enough, check_streamed, heal
 from elision.spd.plan import SyncPlan
 from elision.spd.planner import recoveries
 from elision.spd.simulate import covered, facts
@@ -47,17 +48,9 @@ def carry_out(
         InputError: a plan that drops nothing, a plan or a model on which one is carried out already, or what `heal`
             refuses.
     """
-    view = covered(model, plan.ranks)
-    plan.check(facts(view))
-    if not plan.dropped:
-        raise InputError("plan drops no sync, so there is nothing to heal: calibrate with a wider limit")
-    if not plan.original_weights:
-        raise InputError("plan is carried out already, its checkpoint is healed: give the plan that calibrate wrote")
-    check_weights(view)
-    check_streamed(view, recipe or Recipe(), state)
-    checked = check_batches(batches, view.config)
+    view, checked = ready(model, plan, batches, recipe or Recipe(), state)
     apart = None if held_out is None else check_batches(held_out, view.config)
-    wanted = plan.healing or dict.fromkeys(plan.dropped, "b2b")
+    wanted = treatments(plan)
     bare = replace(plan, healing={}, verified=None)
     dense = zero_shot = None
     reference: list[Tensor] = []
@@ -72,6 +65,32 @@ def carry_out(
     (after,) = measure(view, apart, [treated.plan], reference=reference, quiet=quiet, title=title)
     loss = _predicted(plan, wanted, zero_shot.perplexity / dense.perplexity - 1)
     return Treated(view.model, replace(treated.plan, verified=verified(apart, dense, zero_shot, after, loss)))
+
+
+def treatments(plan: SyncPlan) -> Mapping[int, str]:
+    """What is done to which block where `plan` is carried out."""
+    return plan.healing or dict.fromkeys(plan.dropped, "b2b")
+
+
+def ready(
+    model: nn.Module, plan: SyncPlan, batches: Iterable[Batch], recipe: Recipe, state: str | Path | None
+) -> tuple[Decoder, list[Batch]]:
+    """The model's view and the batches, checked before held-out text is measured: that takes long. A dry run asks too.
+
+    Raises:
+        InputError: as `carry_out` does, the held-out text aside.
+    """
+    view = covered(model, plan.ranks)
+    plan.check(facts(view))
+    if not plan.dropped:
+        raise InputError("plan drops no sync, so there is nothing to heal: calibrate with a wider limit")
+    if not plan.original_weights:
+        raise InputError("plan is carried out already, its checkpoint is healed: give the plan that calibrate wrote")
+    check_weights(view)
+    check_streamed(view, recipe, state)
+    checked = check_batches(batches, view.config)
+    check_enough(checked, [index for index, how in treatments(plan).items() if how != "correct"], recipe)
+    return view, checked
 
 
 def _predicted(plan: SyncPlan, wanted: Mapping[int, str], zero_shot: float) -> float:
