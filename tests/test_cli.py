@@ -88,6 +88,18 @@ def test_inspect_for_people(tmp_path: Path) -> None:
     assert "0, 2" in text and "1, 3" in text  # every other block has a window
 
 
+def test_inspect_says_that_a_healed_checkpoint_is_no_original(tmp_path: Path) -> None:
+    plan = {"version": 1, "ranks": 4, "dropped": [1]}
+    for healed, told in (({}, None), ({"healed": [1]}, "carries a plan for 4 ranks and serves only under it")):
+        model = write(tmp_path, LLAMA | {"spd_plan": plan | healed})
+        shown = json.loads(run("inspect", model, "--json").stdout)
+        assert all(
+            (told is None) == (said is None) and (told or "") in (said or "")
+            for said in (shown["sparselora"], shown["spd"])
+        )
+    assert "SPD carries a plan for 4 ranks" in " ".join(run("inspect", model).stdout.split())
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

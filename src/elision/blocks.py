@@ -36,6 +36,7 @@ from elision.families import (
     refusal,
     rotary_dim,
     sliding_window,
+    treatment,
 )
 
 __all__ = [
@@ -424,8 +425,8 @@ def describe(model: nn.Module | PretrainedConfig) -> Description:
         qk_norms=view.family.qk_norms,
         tied=view.tied,
         residual_multiplier=block.residual_multiplier,
-        sparselora=refusal(config, "sparselora"),
-        spd=refusal(config, "spd"),
+        sparselora=refusal(config, "sparselora") or treatment(config),
+        spd=refusal(config, "spd") or treatment(config),
         ranks=allowed_ranks(config),
         blocks=tuple(
             BlockFacts(tuple(indices), window, parameters, dict(projections))

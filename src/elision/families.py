@@ -259,14 +259,21 @@ def check_positions(config: PretrainedConfig | None, tokens: int, what: str) -> 
     raise InputError(f"{what} has {tokens} tokens, this {family.name} model has {limit} positions: give shorter rows")
 
 
+def treatment(config: PretrainedConfig) -> str | None:
+    """What is to be said of weights that were made for the SyncPlan they carry; None: they are an original's."""
+    carried = getattr(config, "spd_plan", None)
+    if isinstance(carried, dict) and any(carried.get(name) for name in ("healed", "corrections", "heads")):
+        return f"carries a plan for {carried.get('ranks', 1)} ranks and serves only under it"
+    return None
+
+
 def check_original(config: PretrainedConfig, source: str | Path) -> None:
     """Pass where the weights are an original model's, and not made for the SyncPlan that the checkpoint carries.
 
     Raises:
         InputError: they were healed, corrected or regrouped, so that without the plan they compute something else.
     """
-    carried = getattr(config, "spd_plan", None)
-    if isinstance(carried, dict) and any(carried.get(name) for name in ("healed", "corrections", "heads")):
+    if treatment(config) is not None:
         raise InputError(
             f"{source} has weights made for the plan that it carries: load it with elision.spd.load, or give the "
             "original model"
