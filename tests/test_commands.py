@@ -269,6 +269,9 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
         values["model"]["hidden"] = 512
         plan.write_text(json.dumps(values))
         return [*train, "--data", answers, "--plan", plan], "hidden 512, this model has hidden 256"
+    if kind in UNMET:
+        few = ["sparselora", "calibrate", "reference", "--data", answers, "--out", plan, "--rehearse", 0, "--dry-run"]
+        return [*few, *UNMET[kind][0]], UNMET[kind][1]
     if kind == "no answers":
         answers.write_text('[{"prompt": "a", "completion": ""}]')
         return [*train, "--data", answers, "--sparsity", 0.5], "row 1 has an empty prompt or answer"
@@ -305,6 +308,11 @@ KINDS = (
     "no place for the run, a page into a file, no epochs, a finished adapter, a broken line, a chat, turns of a chat, "
     "a baseline of another tokenizer, a baseline of another vocabulary"
 ).split(", ")
+UNMET = {
+    "two budgets to try": (["--flops", 0.6, "--time", 0.5], "one budget"),
+    "a budget to try that is none": (["--flops", "nan"], "flops=nan"),
+    "a budget to try out of reach": (["--flops", 0.01], "flops=0.01 cannot be met"),
+}
 ADAPTERS = {
     "opt adapter": "does not fit the model, for which it lacks base_model.model.model.layers.0.self_attn.q_proj.lora_A",
     "llama adapter in part": "does not fit the model, for which it lacks base_model.model.model.layers.0",
@@ -315,7 +323,7 @@ BEYOND_IT = " beyond a table of positions"
 BEYOND = [f"{what}{BEYOND_IT}" for what in ("rows", "a prompt", "a timed prompt", "pages")]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *ADAPTERS, *BEYOND, *RECIPES])
+@pytest.mark.parametrize("kind", [*KINDS, *UNMET, *ADAPTERS, *BEYOND, *RECIPES])
 def test_bad_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path, text: Path) -> None:
     arguments, message = bad(kind, tmp_path, text)
     before = sorted(tmp_path.rglob("*"))

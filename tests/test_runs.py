@@ -56,6 +56,28 @@ def test_an_interrupted_run_resumes_to_the_same_files(tmp_path: Path) -> None:
     assert "ended by KeyboardInterrupt" in (cut / "log.txt").read_text()
 
 
+def test_another_file_under_an_old_name_is_another_run(tmp_path: Path) -> None:
+    plan, adapter = tmp_path / "plan.json", tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    plan.write_text("1")
+    options = {"plan": str(plan), "adapter": str(adapter), "text": [str(plan)], "out": str(tmp_path / "out.json")}
+    for _ in range(2):  # what a run writes is none of its inputs
+        with runs.opened(tmp_path / "run", "eval", options):
+            (tmp_path / "out.json").write_text("written")
+    before = (tmp_path / "run/run.json").read_bytes()
+    for file, said in ((plan, "what --plan held then"), (adapter / "adapter_config.json", "what --adapter held then")):
+        kept = file.read_text()
+        file.write_text("other")
+        with (
+            pytest.raises(InputError, match=f"was begun with {said}, now it is something else"),
+            runs.opened(tmp_path / "run", "eval", options),
+        ):
+            pass
+        file.write_text(kept)
+    assert (tmp_path / "run/run.json").read_bytes() == before
+
+
 def test_another_runs_directory_is_refused_by_what_differs(tmp_path: Path) -> None:
     place = tmp_path / "run"
     with runs.opened(place, "spd calibrate", OPTIONS):

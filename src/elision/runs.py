@@ -17,6 +17,7 @@ the other files of an interrupted and resumed run equal those of one that was no
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import time
@@ -31,6 +32,7 @@ from elision import files
 from elision.errors import InputError
 
 PACKAGES = ("torch", "transformers", "peft")
+INPUTS = {"plan", "data", "text", "held-out", "adapter"}  # options that name files to be read
 
 
 class Run:
@@ -107,12 +109,13 @@ def opened(path: str | Path, command: str, options: Mapping[str, Any]) -> Iterat
         options: values that JSON and YAML can hold, by the names of the command's options.
 
     Raises:
-        InputError: `path` belongs to a run with another command, options or versions, or to no run; nothing is written.
+        InputError: `path` belongs to a run with another command, options, input files or versions, or to no run;
+            nothing is written.
     """
     import yaml
 
     path = Path(path)
-    identity = {"command": command, "options": dict(options), "versions": versions()}
+    identity = {"command": command, "options": dict(options), "contents": contents(options), "versions": versions()}
     _check(path, identity)
     there, begun = path.exists(), (path / "run.json").exists()
     if not begun:
@@ -134,6 +137,21 @@ def opened(path: str | Path, command: str, options: Mapping[str, Any]) -> Iterat
     run.log("done")
 
 
+def contents(options: Mapping[str, Any]) -> dict[str, str]:
+    """Hash of the files that each option of INPUTS names: another file under an old name is another input."""
+    found = {}
+    for name in INPUTS & options.keys():
+        given = options[name] if isinstance(options[name], list) else [options[name]]
+        digest = hashlib.sha256()
+        for path in (Path(str(each)) for each in given if each is not None):
+            # An adapter to be read is a directory; one that is a file is written.
+            for file in sorted(path.glob("adapter_*")) if name == "adapter" else [path] if path.is_file() else []:
+                with file.open("rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+        found[name] = digest.hexdigest()[:16]
+    return dict(sorted(found.items()))
+
+
 def versions() -> dict[str, str]:
     """Of elision, Python and the libraries that numbers depend on, where they are installed."""
     found = {"elision": elision.__version__, "python": platform.python_version()}
@@ -153,11 +171,14 @@ def _check(path: Path, identity: Mapping[str, Any]) -> None:
     before = files.read_json(path / "run.json", "run")
     if before.get("command") != identity["command"]:
         raise InputError(f"{path} is a run of elision {before.get('command')}: give another directory")
-    for kind in ("options", "versions"):
-        old, new = before.get(kind, {}), identity[kind]
+    for kind in ("options", "contents", "versions"):
+        old, new = before.get(kind, identity[kind] if kind == "contents" else {}), identity[kind]
         for name in [*old, *new]:
             if old.get(name) != new.get(name):
+                shown = [f"{name} {old.get(name)}", str(new.get(name))]
+                if kind == "contents":  # hashes say nothing to a person
+                    shown = [f"what --{name} held then", "something else"]
                 raise InputError(
-                    f"{path} was begun with {name} {old.get(name)}, now it is {new.get(name)}: "
+                    f"{path} was begun with {shown[0]}, now it is {shown[1]}: "
                     "give another directory, or the same options and versions to resume"
                 )

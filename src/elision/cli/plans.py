@@ -99,7 +99,9 @@ def calibrate(
     settings: dict[str, Any] = {"dense_steps": dense_steps} | ({} if selection is None else {"selection": selection})
     if dry_run:
         from elision.cli import estimates
+        from elision.sparselora.calibration import check_budget
 
+        check_budget(loaded, batches, flops, time, max_loss, settings)
         return show(estimates.sparsity_calibration(loaded, batches, flops or time, settings, lessons), as_json)
     with run_directory(ctx, run) as kept:
         if selection == "whitened":

@@ -24,7 +24,7 @@ how many seconds an operation left out is worth in each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,6 +341,22 @@ class _Cost:
         for part in PARTS:
             kind = "ffn" if part == "ffn" else "attention"
             self.worth[part] = max(0.0, (took["dense"] - took[kind]) / saved[kind])
+
+
+def check_budget(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    flops: float | None,
+    time: float | None,
+    max_loss: float | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """Raise InputError where `calibrate` would for its budget; steps are not timed, so one of time passes."""
+    budget, limit = _budget(flops, time, max_loss)
+    if budget == "flops":
+        base = SparsityPlan.uniform(model, 0.0, **settings)
+        works = [under(work, base) for work in workloads(list(batches))]
+        _Cost(model, works, base, _grid(GRID), COUNTED).check(limit, budget)
 
 
 def _budget(flops: float | None, time: float | None, max_loss: float | None) -> tuple[str, float]:
