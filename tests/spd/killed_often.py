@@ -12,12 +12,14 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from elision.spd import Recipe, SyncPlan, calibrations, carry_out, open_streamed
 from elision.spd.calibration import Limit
@@ -83,6 +85,8 @@ def main() -> None:
     job, folder, kills = jobs[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3])
     draw = random.Random(int(sys.argv[4]))
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared with the children: one killed while it holds it stops them all
+    tqdm.monitor_interval = 0  # no thread beside, which may hold a lock at a fork
     whole, killed = folder / "whole", folder / "killed"
     whole.mkdir(parents=True)
     tiny("llama").save_pretrained(folder / "source")

@@ -14,7 +14,7 @@ from elision.spd import SyncPlan, Workload, calibrate, calibrations, heal, simul
 from elision.spd.calibration import Limit, _prefix, expected, predicted, tiers_of
 from elision.spd.costs import Link
 from elision.spd.streams import Quality, check_batches, last_hidden, measure
-from tests.spd.test_sensitivity import DATA, brute_force
+from tests.spd.test_sensitivity import DATA, brute_force, one_by_one
 from tests.spd.tiny import bits, corrected, tiny, token_ids
 
 APART = [{"input_ids": token_ids(3, 8, seed=5)}]
@@ -48,7 +48,7 @@ class TestMeasure:
         found = measure(decoder(model), DATA[1:], self.plans, quiet=True)
         for plan, quality in zip(self.plans, found, strict=True):
             with simulate(model, plan):
-                expected = brute_force(model, DATA[1:], 1, ())
+                expected = one_by_one(model, DATA[1:])
             assert quality.perplexity == pytest.approx(expected, rel=1e-11)
             assert quality.kl == pytest.approx(divergence(model, plan, DATA[1:]), abs=1e-11)
         assert len({quality.perplexity for quality in found}) == 5 and found[3].kl == 0.0

@@ -26,17 +26,22 @@ DATA = [left_padded(), {"input_ids": token_ids(3, 7, seed=2)}]
 @torch.no_grad()
 def brute_force(model, batches, ranks: int, dropped) -> float:
     """Perplexity of the simulated model, by its own forward and one probability at a time."""
-    total, count = 0.0, 0
     with simulate(model, SyncPlan(ranks, tuple(dropped))):
-        for batch in batches:
-            labels = batch.get("labels", batch["input_ids"])
-            mask = batch.get("attention_mask", torch.ones_like(labels))
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-            log_probabilities = model(**inputs).logits.double().log_softmax(-1)
-            for row, t in itertools.product(range(labels.shape[0]), range(1, labels.shape[1])):
-                if labels[row, t] != -100 and mask[row, t] and mask[row, t - 1]:
-                    total -= log_probabilities[row, t - 1, labels[row, t]].item()
-                    count += 1
+        return one_by_one(model, batches)
+
+
+def one_by_one(model, batches) -> float:
+    """Perplexity of the model as it stands."""
+    total, count = 0.0, 0
+    for batch in batches:
+        labels = batch.get("labels", batch["input_ids"])
+        mask = batch.get("attention_mask", torch.ones_like(labels))
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        log_probabilities = model(**inputs).logits.double().log_softmax(-1)
+        for row, t in itertools.product(range(labels.shape[0]), range(1, labels.shape[1])):
+            if labels[row, t] != -100 and mask[row, t] and mask[row, t - 1]:
+                total -= log_probabilities[row, t - 1, labels[row, t]].item()
+                count += 1
     return torch.tensor(total / count, dtype=torch.float64).exp().item()
 
 
