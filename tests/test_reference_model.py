@@ -100,13 +100,14 @@ train.RECIPE.update(
         {"until": 6, "distractors": [0, 1], "rows": [3, 96]},
     ],
     micro_batches={"problems": 2, "library": 1},
+    processes=int(sys.argv[2]),
     library_rows=[1, 64],
 )
 train.CONFIG.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                     num_key_value_heads=2)
 train.library_texts = lambda split: [f"x = {i}" * 40 for i in range(80)]
 from pathlib import Path
-train.main(Path(sys.argv[1]), processes=int(sys.argv[2]), stop_after=int(sys.argv[3]), compiled=False, any_library=True)
+train.main(Path(sys.argv[1]), stop_after=int(sys.argv[3]), compiled=False, any_library=True)
 """
 
 
@@ -128,5 +129,5 @@ def test_training_that_was_stopped_resumes_to_identical_bytes(tmp_path: Path) ->
 def test_training_on_another_library_must_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "library_hash", lambda: "other")
     with pytest.raises(InputError, match="pass --any-library"):
-        train.main(tmp_path / "out", processes=1)
+        train.main(tmp_path / "out")
     assert not (tmp_path / "out").exists()
