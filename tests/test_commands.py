@@ -361,6 +361,26 @@ def test_a_disk_that_fills_up_under_safetensors_ends_in_one_line(tmp_path: Path,
     assert not list(tmp_path.glob("*.partial")) and run(*heal, "--epochs", 1)[0] == 0 and out.is_dir()
 
 
+def test_a_disk_that_fills_up_under_a_checkpoint_of_training_ends_in_one_line_and_a_rerun_goes_on(
+    tmp_path: Path, text: Path
+) -> None:
+    data, out = tmp_path / "pairs.jsonl", tmp_path / "adapter"
+    data.write_text('{"prompt": "one and one is", "answer": " two"}\n' * 8)
+    train = [*TRAIN, "--data", data, "--out", out, "--batch", 2, "--max-length", 16]
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for size, why in ((2**20, "File too large"), (2**22, "Input/output error")):  # the adapter's file, AdamW's
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            code, _, error = run(*train)
+            line = error.strip().splitlines()[-1]
+            assert code == 2 and not out.exists()
+            assert line == f"error: {tmp_path / 'adapter.training'} cannot be written: {why}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert run(*train)[0] == 0 and (out / "adapter_config.json").is_file()
+
+
 def test_an_adapter_inside_of_the_checkpoint_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     plan, out = SyncPlan(4, (1,)).save(tmp_path / "plan.json"), tmp_path / "new"
     (tmp_path / "link").symlink_to(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -33,17 +34,34 @@ def write(path: str | Path, fill: Callable[[Path], Any]) -> Path:
     return path
 
 
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
 @contextmanager
 def disk_errors(path: str | Path | None = None) -> Iterator[None]:
-    """What safetensors says of the disk ("... File too large (os error 27)") as the OSError that it is, of `path`."""
+    """What libraries say of the disk as the OSError that it is, of `path` where it names no file of its own.
+
+    safetensors raises an error of its own ("... File too large (os error 27)"), torch.save a RuntimeError without the
+    reason, and a write to an open file an OSError without the name.
+    """
     try:
         yield
     except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-        if number is None:
+        code = _disk_error(error)
+        if code is None or (isinstance(error, OSError) and (error.filename is not None or path is None)):
             raise
-        code = int(number[1])
         raise OSError(code, os.strerror(code), None if path is None else str(path)) from error
+
+
+def _disk_error(error: Exception) -> int | None:
+    """The number of the system's error that `error` stands for; None: it is not of the disk."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in OF_THE_DISK else None
+    if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", str(error))):
+        return int(number[1])
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|unexpected pos|iostream error", str(error)):
+        return errno.EIO
+    return None
 
 
 def check_place(path: str | Path, what: str) -> None:

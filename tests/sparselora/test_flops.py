@@ -167,6 +167,13 @@ def test_the_speedup_depends_on_the_data() -> None:
     assert half.flops["full"] == pytest.approx(0.5 + 0.5 * short.flops["full"])
 
 
+def test_a_model_that_takes_the_reference_path_is_promised_no_speedup() -> None:
+    model = tiny.lora("llama", tiny.ATTENTION, torch.float32, attention_dropout=0.1)
+    told = forecast(model, [tiny.batch((40, 40), (10, 10))], tiny.plan(model, 0.9, selection="weights"))
+    assert told.obstacle == "dropout in the model"
+    assert told.line().startswith("expect no speedup: dropout in the model, so training takes the reference path")
+
+
 LLAMA3_8B = flops.Shape(32, 4096, 14336, heads=32, kv_heads=8, head_dim=128, vocabulary=128256)
 MATH10K = SparsityPlan(
     ModelFacts("llama", 32, 32, 8, 128, 4096, 14336),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from elision.sparselora.train import Settings, add_adapter, train
 
 EXAMPLES = [Example(f"Count to {n}:", " ".join(map(str, range(1, n + 1)))) for n in range(2, 10)]
 SETTINGS = Settings(steps=4, batch=2, rank=2, checkpoints=4)
+WEIGHTS = "adapter_model.safetensors"
 
 
 class Stop(TrainerCallback):
@@ -66,6 +68,19 @@ def test_an_interrupted_run_is_gone_on_with_by_itself_alone(tmp_path: Path) -> N
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
+def test_a_checkpoint_that_was_torn_in_its_last_file_is_not_gone_on_with(tmp_path: Path) -> None:
+    run(tmp_path / "straight")
+    out = tmp_path / "adapter"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, stop=True)
+    (checkpoint,) = (tmp_path / "adapter.training").glob("checkpoint-*")
+    torn = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-9"))
+    state = torn / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:100])
+    run(out)
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
+
+
 def test_a_kill_while_the_adapter_is_written_leaves_no_half_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +90,7 @@ def test_a_kill_while_the_adapter_is_written_leaves_no_half_of_it(
         if not path.endswith("adapter"):  # a checkpoint
             return save(model, path, **settings)
         Path(path).mkdir(parents=True)
-        (Path(path) / "adapter_model.safetensors").write_bytes(b"torn")
+        (Path(path) / WEIGHTS).write_bytes(b"torn")
         raise KeyboardInterrupt
 
     out = tmp_path / "adapter"

@@ -15,7 +15,6 @@ A command declares only what is its own:
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -54,16 +53,13 @@ class Commands(TyperGroup):
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
         except OSError as error:
-            if error.errno not in _OF_THE_DISK:
+            if error.errno not in files.OF_THE_DISK:
                 raise
             typer.echo(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("\ninterrupted: run the same command again to resume", err=True)
             raise typer.Exit(130) from None
-
-
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _writable(ctx: Any, param: Any, value: Any) -> Any:

@@ -16,12 +16,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from elision.blocks import decoder
 from elision.errors import InputError
 from elision.facts import ModelFacts
 from elision.sparselora import flops, tokens
 from elision.sparselora.flops import Adapter, Cost, Shape, Workload
+from elision.sparselora.obstacles import model_obstacle
 from elision.sparselora.plan import SparsityPlan
 
 RANK = 32  # of the LoRA that a model without adapters is taken to get on Q, K, V and O
@@ -42,14 +45,21 @@ class Forecast:
         output_share: of the tokens that are computed, those that stay dense because they are outputs.
         flops: operations of the run over those of dense LoRA, by FIGURES.
         speedup: over dense LoRA, by operations.
+        obstacle: why the model, as it stands, trains on the reference path; None: it does not, or has no adapters yet.
     """
 
     output_share: float
     flops: Mapping[str, float]
     speedup: float
+    obstacle: str | None = None
 
     def line(self) -> str:
         """One line for people."""
+        if self.obstacle is not None:
+            return (
+                f"expect no speedup: {self.obstacle}, so training takes the reference path, which is exact and slower "
+                f"than dense training; the fast path would need {self.flops['full']:.0%} of dense LoRA's operations"
+            )
         return (
             f"expect at most {self.speedup:.2f}x over dense LoRA: {self.flops['full']:.0%} of its operations "
             f"({self.flops['half']:.0%} with causal attention, {self.flops['full, without head']:.0%} without the "
@@ -66,7 +76,9 @@ def forecast(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], plan: Sp
         InputError: a batch without labels, nothing to learn in any of them, or a plan for another model.
     """
     plan.check(ModelFacts.of(model))
-    return compare(Shape.of(model), workloads(batches), adapters_or_usual(model), plan)
+    told = compare(Shape.of(model), workloads(batches), adapters_or_usual(model), plan)
+    adapted = any(isinstance(module, LoraLayer) for module in model.modules())
+    return replace(told, obstacle=model_obstacle(model, decoder(model), frozenset()) if adapted else None)
 
 
 def compare(

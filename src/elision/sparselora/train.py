@@ -140,12 +140,14 @@ def train(
                 data_collator=batch,
                 callbacks=[*callbacks, *([] if handle is None else [handle.schedule])],
             )
-        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+        with files.disk_errors(work):
+            trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     finally:
         if handle is not None:
             handle.remove()
     whole = work / "adapter"  # a kill while it is written leaves no half adapter at `out`
-    model.save_pretrained(str(whole))
+    with files.disk_errors(whole):
+        model.save_pretrained(str(whole))
     if out.is_dir():
         out.rmdir()  # empty, or this says that it is not
     whole.rename(out)
@@ -204,6 +206,14 @@ def _check_identity(work: Path, identity: dict[str, Any]) -> None:
 
 
 def _last_checkpoint(work: Path) -> str | None:
-    """The newest whole checkpoint of an interrupted run; trainer_state.json is the last file of one."""
+    """The newest whole checkpoint of an interrupted run; trainer_state.json, whole, is the last file of one."""
     found = sorted(work.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1].parent) if found else None
+    return next((str(path.parent) for path in reversed(found) if _is_json(path)), None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        files.read_json(path, "state")
+    except InputError:
+        return False
+    return True
