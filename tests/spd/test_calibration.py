@@ -212,7 +212,7 @@ class TestLimits:
         ],
     )
     def test_healing_lets_more_be_dropped_and_no_more_than_needed_is_healed(self, limit, count, healing):
-        plan, loss = _prefix(3, Limit(max_loss=limit, healing=True), (2, 0, 1), CURVE, ())
+        plan, loss = _prefix(3, Limit(max_loss=limit, healing=True), (2, 0, 1), CURVE, (), 3)
         assert plan == SyncPlan(3, (2, 0, 1)[:count], healing=healing) and plan.healing == healing
         assert loss <= limit + 1e-12
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elision.spd.heads import assign, distances, scatter
 
@@ -37,6 +38,11 @@ def test_distances_are_between_score_maps_and_summed_over_the_heads_of_two_units
     grouped = distances(maps @ maps.T, 3)
     assert grouped[0, 2].item() == pytest.approx(pairwise[:2, 4:].sum().item(), abs=1e-6)
     assert grouped.diagonal().tolist() == [0.0] * 3
+
+
+def test_distances_are_in_memory_where_heads_are_scattered():
+    with FakeTensorMode():  # of a device that need not be there
+        assert distances(torch.eye(6, device="cuda"), 3).device.type == "cpu"
 
 
 @pytest.mark.parametrize(("units", "groups"), [(8, 1), (8, 2), (8, 4), (8, 8), (6, 2), (9, 3)])

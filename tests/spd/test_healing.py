@@ -12,6 +12,7 @@ from safetensors import safe_open
 from elision import InputError, spd
 from elision.blocks import decoder
 from elision.spd import Recipe, SyncPlan, calibrate, carry_out, open_streamed
+from elision.spd.calibration import Limit
 from elision.streaming import resident
 from tests.spd.test_calibration import APART
 from tests.spd.test_sensitivity import DATA, brute_force
@@ -48,6 +49,13 @@ def test_blocks_named_by_hand_beside_a_measurement_are_predicted_by_the_shares()
     assert found is not None and found.predicted == pytest.approx(0.1 * (found.zero_shot / found.dense - 1), rel=1e-9)
 
 
+def test_tiers_plan_no_heads_to_move_between_ranks_that_hold_copies_of_them():
+    model = tiny("llama", seed=1)
+    plans = spd.calibrations(model, BATCHES, (3, 6), Limit(tiers=(0.0, 0.0)), quiet=True)
+    assert [plan.healing for plan in plans] == [{0: "hg+b2b", 2: "hg+b2b"}, {0: "b2b", 2: "b2b"}]
+    assert carry_out(model, plans[1], BATCHES, recipe=Recipe(epochs=1), quiet=True).plan.healed == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("match", "arguments"),
     [
@@ -56,6 +64,10 @@ def test_blocks_named_by_hand_beside_a_measurement_are_predicted_by_the_shares()
         ("so its healed blocks need a place on disk: give state", {}),
         # Before held-out text is as much as looked at, here what would be refused.
         ("data holds one batch: give at", {"state": "state", "batches": BATCHES[:1], "held_out": []}),
+        (
+            "6 ranks replicate the model's 3 key/value heads",
+            {"state": "state", "plan": SyncPlan(6, (0,), healing={0: "hg+b2b"}), "held_out": []},
+        ),
         ("polish 2 trains all healed blocks together", {"state": "state", "recipe": Recipe(polish=2)}),
     ],
 )

@@ -156,7 +156,8 @@ def calibrate(
         max_kl: the same for the mean KL divergence from the dense model, in nats a token.
         drop: share of the blocks to drop instead, 0 to 1, rounded to whole blocks.
         tiers: (t1, t2), shares of the dense perplexity: dropped blocks whose sensitivity is above t1 are to be
-            distilled, those above t2 have their heads grouped first. Without another limit, all blocks are dropped.
+            distilled, those above t2 have their heads grouped first, unless `ranks` replicate the key/value heads.
+            Without another limit, all blocks are dropped.
         healing: dropped blocks may be distilled where that lets more be dropped; implied by `tiers`.
         recovered: share of a block's loss that each of "correct", "b2b" and "hg+b2b" is expected to win back, as
             `verified.recovery` of an earlier healing says; planner.RECOVERED where it is not given.
@@ -222,7 +223,7 @@ def calibrations(
             recovered=limit.recovered if limit.healing or limit.tiers else None,
         )
         if workload is None:
-            plan, loss = _prefix(n, limit, order, curve, tiered)
+            plan, loss = _prefix(n, limit, order, curve, tiered, view.blocks[0].kv_heads)
         else:
             plan, loss = _mixed(view, data, n, limit, workload, method, state, quiet)
         plans.append(replace(plan, model=facts(view), calibration=measured))
@@ -233,10 +234,10 @@ def calibrations(
 
 
 def _prefix(
-    ranks: int, limit: Limit, order: Sequence[int], curve: Sequence[Quality], tiers: Sequence[str]
+    ranks: int, limit: Limit, order: Sequence[int], curve: Sequence[Quality], tiers: Sequence[str], kv_heads: int
 ) -> tuple[SyncPlan, float]:
     """The first blocks of `order` that the limit allows, what is to be done to them, and the predicted loss."""
-    ways = {"SB": "b2b", "ESB": "hg+b2b"}
+    ways = {"SB": "b2b", "ESB": "hg+b2b" if ranks <= kv_heads else "b2b"}  # heads held in copies cannot move
     healing = {block: ways[tier] for block, tier in enumerate(tiers) if tier in ways}
     if limit.healing and not tiers:
         healing = dict.fromkeys(order, "b2b")

@@ -28,7 +28,11 @@ def distances(gram: Float[Tensor, "heads heads"], units: int) -> Float[Tensor, "
     Args:
         gram: inner products of the heads' attention score maps, heads of a unit side by side.
         units: how many units the heads form.
+
+    Returns:
+        In memory, where `scatter` swaps unit by unit, wherever `gram` is.
     """
+    gram = gram.cpu()
     squares = gram.diagonal()
     between = (squares.unsqueeze(0) + squares.unsqueeze(1) - 2 * gram).clamp_min(0).sqrt()
     size = len(gram) // units

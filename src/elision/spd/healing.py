@@ -19,6 +19,7 @@ from elision.spd.calibration import expected, on_curve, verified
 from elision.spd.distill import Recipe, check_enough, check_streamed, heal
 from elision.spd.plan import SyncPlan
 from elision.spd.planner import recoveries
+from elision.spd.regroup import check_movable
 from elision.spd.simulate import covered, facts
 from elision.spd.streams import Batch, check_batches, check_weights, last_hidden, measure
 
@@ -87,6 +88,8 @@ def ready(
     if not plan.original_weights:
         raise InputError("plan is carried out already, its checkpoint is healed: give the plan that calibrate wrote")
     check_weights(view)
+    if "hg+b2b" in plan.healing.values():
+        check_movable(view, plan.ranks)
     check_streamed(view, recipe, state)
     checked = check_batches(batches, view.config)
     check_enough(checked, [index for index, how in treatments(plan).items() if how != "correct"], recipe)

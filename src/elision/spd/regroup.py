@@ -78,12 +78,8 @@ def grouped(
     Raises:
         InputError: key/value heads that are replicated, or a block that is treated already.
     """
+    check_movable(view, plan.ranks)
     kv_heads = view.blocks[0].kv_heads
-    if plan.ranks > kv_heads:
-        raise InputError(
-            f"{plan.ranks} ranks replicate the model's {kv_heads} key/value heads, so heads cannot move between them: "
-            f"give at most {kv_heads} ranks, or leave the heads where they are"
-        )
     if treated := sorted(set(blocks) & {*plan.corrections, *plan.healed, *plan.heads}):
         raise InputError(f"block {treated[0]} is treated already: regroup the heads of the original model")
     orders: dict[int, tuple[int, ...]] = {}
@@ -105,6 +101,16 @@ def grouped(
                 hidden = [step(block, None, x, s.kwargs[block.index]) for x, s in zip(hidden, data, strict=True)]
             advance(1)
     return orders
+
+
+def check_movable(view: Decoder, ranks: int) -> None:
+    """Raise InputError where `ranks` ranks hold copies of key/value heads, so that no head can move between them."""
+    kv_heads = view.blocks[0].kv_heads
+    if ranks > kv_heads:
+        raise InputError(
+            f"{ranks} ranks replicate the model's {kv_heads} key/value heads, so heads cannot move between them: "
+            f"give at most {kv_heads} ranks, or leave the heads where they are"
+        )
 
 
 def ungroup(model: nn.Module, plan: SyncPlan) -> SyncPlan:
