@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -324,6 +325,15 @@ class TestRefusals:
             with pytest.raises(InputError, match="correction there is constant for 3: give the model and the plan"):
                 spd.simulate(model, plan)
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("adapted", ["q_proj", "lm_head", "embed_tokens"])
+    def test_an_adapter_that_is_not_merged(self, adapted, tmp_path):
+        model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=[adapted]))
+        with pytest.raises(InputError, match=rf"{adapted} carries an adapter: merge it first"):
+            spd.save(model, ZERO_SHOT, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+        spd.save(model.merge_and_unload(), ZERO_SHOT, tmp_path / "out")
+        assert spd.read(tmp_path / "out").plan == ZERO_SHOT
 
     def test_a_plan_for_another_model(self, tmp_path):
         plan = SyncPlan(3, (1,), model=facts(decoder(tiny("opt"))))

@@ -82,13 +82,17 @@ def save(
         results: further lines of the card's table, such as the recovery that was measured.
 
     Raises:
-        InputError: the plan is not for the model or its weights, or `path` holds something that `save` did not write.
+        InputError: the plan is not for the model or its weights, the model carries an unmerged adapter, or `path` holds
+            something that `save` did not write.
     """
     view = covered(model, plan.ranks)
     plan.check(facts(view))
     check_carried(view, plan)
     if made_for(view) is not None and not (plan.healed or plan.heads):
         raise InputError("model has weights healed for another plan than this: save it with the plan that came with it")
+    for name, module in view.model.named_modules():
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):  # PEFT's
+            raise InputError(f"{name} carries an adapter: merge it first, with model.merge_and_unload()")
     for index, kind in plan.corrections.items():
         correction_of(view.blocks[index], plan.ranks, kind)
     _recover(Path(path).resolve())
