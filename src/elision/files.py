@@ -18,6 +18,7 @@ from elision.errors import InputError
 def write(path: str | Path, fill: Callable[[Path], Any]) -> Path:
     """Let `fill` write a temporary neighbour of `path`, then rename it: a kill or a full disk leaves no half file."""
     path = Path(path)
+    check_file(path, "file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -62,6 +63,12 @@ def _disk_error(error: Exception) -> int | None:
     if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|unexpected pos|iostream error", str(error)):
         return errno.EIO
     return None
+
+
+def check_file(path: str | Path, what: str) -> None:
+    """Raise InputError where `path`, which is to become a file, is a directory."""
+    if Path(path).is_dir():
+        raise InputError(f"{what} {path} is a directory: give the name of a file")
 
 
 def check_place(path: str | Path, what: str) -> None:

@@ -22,7 +22,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,8 @@ def opened(path: str | Path, command: str, options: Mapping[str, Any]) -> Iterat
             for name in ("config.yaml", "run.json", "log.txt"):
                 (path / name).unlink()
             if not there:
-                path.rmdir()
+                with suppress(OSError):  # the command left something in it
+                    path.rmdir()
         raise
     run.log("done")
 

@@ -178,6 +178,8 @@ def probe(
     from elision import files
     from elision.spd.runtimes import tasks
 
+    if out is not None:
+        files.check_file(out, "--out")
     with run_directory(ctx, run) as kept:
         found = _launch(ranks, tasks.probe, turns)
         if found is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from elision import files
 from elision.cli.common import DryRun, Dtype, Json, Model, Rows, RunDirectory, Text, Tokens, load, run_directory, show
 from elision.cli.config import command_line
 from elision.errors import InputError
@@ -159,8 +160,12 @@ def heal(
     recipe = spd.Recipe(epochs, lr, judging, teacher_inputs, seed, correction, lora, polish, polish_lr)
     if adapter is not None and not lora:
         raise InputError(f"adapter {adapter} holds low-rank healing: give --lora 8, say, or leave it out")
-    if adapter is not None and adapter.resolve().is_relative_to(out.resolve()):  # the checkpoint replaces all in there
-        raise InputError(f"adapter {adapter} is inside of --out {out}, which is written as a whole: put it beside it")
+    if adapter is not None:
+        files.check_file(adapter, "adapter")
+        files.check_place(adapter, "adapter")
+    for name, path in (("adapter", adapter), ("run", run)):
+        if path is not None and path.resolve().is_relative_to(out.resolve()):  # the checkpoint replaces all in there
+            raise InputError(f"{name} {path} is inside of --out {out}, which is written as a whole: put it beside it")
     check_replaceable(out)
     loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
     batches, apart = _texts(loaded, tokenizer, text, held_out, rows, tokens)
@@ -262,7 +267,7 @@ def _workload(
     step_tokens: int,
 ) -> Workload | None:
     """What a step costs by the link that was probed or typed; None where neither was."""
-    from elision import files, spd
+    from elision import spd
     from elision.blocks import decoder
     from elision.spd.costs import Link
 
