@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from elision import evaluate
 from elision.errors import InputError
 from elision.loading import load_tokenizer
-from tests.spd.tiny import tiny
+from tests.spd.tiny import left_padded, tiny
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,30 @@ def test_loss_weighs_tokens_not_batches(model: LlamaForCausalLM) -> None:
     padded = torch.cat([ids, torch.zeros_like(ids)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], 1)
     assert evaluate.loss(model, [{"input_ids": padded, "attention_mask": mask}]) == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_side_of_the_padding_does_not_matter() -> None:
+    opt = tiny("opt")
+    left = left_padded((5, 8))
+    rolled = {name: torch.stack([row.roll(-gap) for row, gap in zip(left[name], (3, 0), strict=True)]) for name in left}
+    labelled = {**left, "labels": left["input_ids"]}
+    found = [evaluate.row_losses(opt, [batch]) for batch in (rolled, left, labelled)]
+    assert [[row.tokens for row in rows] for rows in found] == [[4, 7]] * 3
+    for rows in found[1:]:
+        assert [row.nats for row in rows] == pytest.approx([row.nats for row in found[0]], rel=1e-12)
+
+
+def test_batches_go_where_the_model_is() -> None:
+    class Elsewhere(torch.nn.Module):
+        device = torch.device("meta")
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            assert input_ids.is_meta
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 50))
+
+    batches = [{"input_ids": torch.ones(2, 5, dtype=torch.int64)}]
+    assert evaluate.loss(Elsewhere(), batches) == pytest.approx(math.log(50), rel=1e-6)
+    assert evaluate.divergence(Elsewhere(), Elsewhere(), batches).kl.value == 0.0
 
 
 def test_nothing_to_predict_is_refused(model: LlamaForCausalLM) -> None:

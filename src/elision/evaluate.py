@@ -65,9 +65,10 @@ def row_losses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> lis
     with evaluating(model):
         for batch in batches:
             _check(model, batch)
-            labels = _targets(batch)
+            labels = _targets(batch).cpu()
             kept = labels != IGNORED
-            nats = F.cross_entropy(_logits(model, batch)[kept].float(), labels[kept], reduction="none")
+            logits = _logits(model, batch)
+            nats = F.cross_entropy(logits[kept].float(), labels[kept].to(logits.device), reduction="none").cpu()
             sums = torch.zeros(len(labels), dtype=torch.float64).index_add_(0, kept.nonzero()[:, 0], nats.double())
             found += [RowLoss(*row) for row in zip(sums.tolist(), kept.sum(dim=1).tolist(), strict=True)]
     return found
@@ -119,8 +120,8 @@ def divergence(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str
         for batch in batches:
             for each in (model, dense):
                 _check(each, batch)
-            kept = _targets(batch) != IGNORED
-            changed, target = (_logits(each, batch)[kept].float().log_softmax(-1) for each in (model, dense))
+            kept = _targets(batch).cpu() != IGNORED
+            changed, target = (_logits(each, batch)[kept].float().log_softmax(-1).cpu() for each in (model, dense))
             kl = (target.exp() * (target - changed)).sum(-1)
             agrees = changed.argmax(-1) == target.argmax(-1)
             for sums, values in ((distances, kl), (same, agrees)):
@@ -141,12 +142,16 @@ def check_vocabularies(model: nn.Module, dense: nn.Module) -> None:
 
 
 def _targets(batch: Mapping[str, Tensor]) -> Tensor:
-    """(rows, tokens - 1) labels that the logits of all positions but the last predict."""
-    labels = batch.get("labels")
-    if labels is None:
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        labels = batch["input_ids"].masked_fill(mask == 0, IGNORED)
-    return labels[:, 1:]
+    """(rows, tokens - 1) labels that the logits of all positions but the last predict.
+
+    A token whose predecessor is padding has nothing to be predicted from, so that padding may be on either side.
+    """
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    labels = (batch["input_ids"] if labels is None else labels)[:, 1:]
+    if mask is None:
+        return labels
+    real = mask.bool()
+    return labels.masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
 
 
 def _check(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
@@ -182,7 +187,8 @@ def check_tokens(vocabulary: int, tokens: Iterable[int], what: str) -> None:
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    device = getattr(model, "device", batch["input_ids"].device)
+    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels" and value is not None}
     return model(**inputs, use_cache=False).logits[:, :-1]
 
 

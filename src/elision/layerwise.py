@@ -50,7 +50,8 @@ def check_length(config: Any, batch: Mapping[str, Tensor], what: str) -> None:
     if (ids := batch.get("position_ids")) is not None:
         tokens = max(ids.flatten().tolist(), default=-1) + 1
     else:  # padding takes no position
-        tokens = max(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(1).tolist(), default=0)
+        mask = batch.get("attention_mask")
+        tokens = max((torch.ones_like(batch["input_ids"]) if mask is None else mask).sum(1).tolist(), default=0)
     check_positions(config, tokens, what)
 
 

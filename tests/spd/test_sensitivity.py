@@ -83,6 +83,17 @@ def test_labels_say_what_is_scored_and_padding_side_does_not_matter():
     assert sides[0] == pytest.approx(sensitivity(model, [{"input_ids": ids}], 3, quiet=True).perplexities, rel=1e-11)
 
 
+def test_what_is_none_in_a_batch_is_not_there():
+    ids = token_ids(2, 9)
+    whole = [{"input_ids": ids}] * 2
+    nothing = dict.fromkeys(("attention_mask", "labels", "position_ids"))
+    model = tiny("llama")
+    assert sensitivity(model, [{"input_ids": ids, **nothing}] * 2, 3, quiet=True) == sensitivity(
+        model, whole, 3, quiet=True
+    )
+    assert evaluate.row_losses(model, [{"input_ids": ids, **nothing}]) == evaluate.row_losses(model, whole[:1])
+
+
 def test_the_dense_prefix_is_computed_once():
     layers = 6
     model = tiny("llama", num_hidden_layers=layers)

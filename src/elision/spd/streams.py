@@ -236,7 +236,7 @@ def next_tokens(batch: Batch) -> Tensor:
 
 
 def check_batches(batches: Iterable[Batch], config: PretrainedConfig) -> list[Batch]:
-    """The batches as a list, to be gone through more than once.
+    """The batches as a list, to be gone through more than once, without what is None in them.
 
     Raises:
         InputError: there are none, one lacks input_ids or has tensors that do not fit them, tokens outside the
@@ -246,6 +246,8 @@ def check_batches(batches: Iterable[Batch], config: PretrainedConfig) -> list[Ba
     if not checked:
         raise InputError("data holds no batches: give at least one dict with input_ids")
     for index, batch in enumerate(checked):
+        if isinstance(batch, Mapping) and any(value is None for value in batch.values()):
+            batch = checked[index] = {name: value for name, value in batch.items() if value is not None}
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             raise InputError(f"batch {index} has no input_ids (batch, sequence) of token numbers: tokenize the data")
