@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from elision import evaluate, reference_model
 from elision.cli import app
 from elision.data import text_batches
+from elision.errors import InputError
 from elision.loading import load_tokenizer
 from elision.sparselora import SparsityPlan
 from elision.spd import SyncPlan, load, load_adapter, read_plan
@@ -25,6 +26,9 @@ from tests.spd.tiny import tiny
 
 TRAIN = ["sparselora", "train", "reference", "--sparsity", "0.5"]
 CALIBRATE = ["spd", "calibrate", "reference", "--rows", "2", "--tokens", "32"]
+
+
+SMALL = ["--rows", 2, "--tokens", 32]
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -388,7 +392,30 @@ def test_an_adapter_inside_of_the_checkpoint_is_refused_before_anything_is_done(
     for adapter in (out, out / "low.safetensors", tmp_path / "link" / "deep" / "low.safetensors"):
         code, said, error = run(*heal, "--adapter", adapter)
         assert (code, said) == (2, "") and error.count("\n") == 1 and f"adapter {adapter} is inside of --out" in error
+    for place in (out, out / "run"):
+        code, said, error = run(*heal, "--run", place)
+        assert (code, said) == (2, "") and error.count("\n") == 1 and f"run {place} is inside of --out" in error
     assert not out.exists()
+
+
+def test_a_directory_where_a_file_is_to_be_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    plan = SyncPlan(4, (1,)).save(tmp_path / "plan.json")
+    heal = ["spd", "heal", "no-model", "--plan", plan, "--text", tmp_path / "no-text", "--lora", 2]
+    for arguments in ([*heal, "--out", tmp_path / "new", "--adapter", tmp_path], ["spd", "probe", "--out", tmp_path]):
+        code, said, error = run(*arguments)
+        assert (code, said) == (2, "") and error.endswith(f" {tmp_path} is a directory: give the name of a file\n")
+    with pytest.raises(InputError, match="is a directory"):
+        SyncPlan(4).save(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [plan]
+
+
+def test_a_home_directory_is_spelt_out(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(reference_model.PATH)
+    (tmp_path / "eval.yaml").write_text(f"model: ~/model\ntext: {text}\nrows: 2\ntokens: 32\n")
+    code, said, _ = run("eval", "--config", tmp_path / "eval.yaml", "--json")
+    assert code == 0
+    assert json.loads(said) == json.loads(run("eval", "reference", "--text", text, *SMALL, "--json")[1])
 
 
 def test_a_plan_cannot_go_where_a_directory_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

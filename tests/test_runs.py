@@ -152,6 +152,11 @@ def test_input_that_is_refused_leaves_the_place_free(tmp_path: Path) -> None:
         run.metric(step=1, loss=2.0)
         raise InputError("the loss is not finite")
     assert (place / "metrics.jsonl").exists()  # what was measured is kept
+    other = tmp_path / "other"
+    with pytest.raises(InputError, match="the loss is not finite"), runs.opened(other, "x", {"drop": 0.5}):
+        (other / "plan.json.journal").touch()
+        raise InputError("the loss is not finite")
+    assert [path.name for path in other.iterdir()] == ["plan.json.journal"]
 
 
 def test_a_run_without_a_directory_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ residual stream plus a partial sum of attention outputs. With f attention or MLP
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -281,8 +282,8 @@ def check_original(config: PretrainedConfig, source: str | Path) -> None:
 
 
 def model_path(source: str | Path) -> str:
-    """What from_pretrained takes for `source`: a directory or Hugging Face id as it is, "reference" as our own."""
-    return str(REFERENCE) if str(source) == "reference" else str(source)
+    """What from_pretrained takes: a directory, "~" spelt out, a Hugging Face id, or for "reference" our own."""
+    return str(REFERENCE) if str(source) == "reference" else os.path.expanduser(str(source))
 
 
 def load_config(source: str | Path) -> PretrainedConfig:
@@ -295,7 +296,7 @@ def load_config(source: str | Path) -> PretrainedConfig:
         InputError: nothing is there, config.json is broken, or transformers does not know the model_type.
     """
     name = model_path(source)
-    directory = Path(name).expanduser()
+    directory = Path(name)
     if name and directory.is_dir():
         place = directory / "config.json"
         if not place.exists() and (adapter := directory / "adapter_config.json").exists():

@@ -248,7 +248,7 @@ def open_streamed(
 
 def _checkpoint(source: str) -> dict[str, Place]:
     """Every tensor of a directory's safetensors, or of a Hugging Face id's, which are fetched if need be."""
-    directory = Path(source).expanduser()
+    directory = Path(source)
     if not directory.is_dir():
         directory = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
     found: dict[str, Place] = {}

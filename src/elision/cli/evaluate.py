@@ -105,6 +105,7 @@ def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -
     from contextlib import nullcontext
 
     from elision import spd
+    from elision.families import model_path
     from elision.files import read_json
     from elision.loading import load_adapter, load_tokenizer, named_dtype
 
@@ -113,11 +114,11 @@ def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -
         raise InputError(
             f"plan {plan} is of a healed checkpoint, whose weights belong to it: give that, without --plan"
         )
-    config = Path(source) / "config.json"
+    config = Path(model_path(source)) / "config.json"
     if config.is_file() and isinstance(values := read_json(config, "model config"), dict) and "spd_plan" in values:
         if planned is not None or adapter is not None:
             raise InputError(f"{source} carries its plan and weights made for it: leave --plan and --adapter out")
-        treated = spd.read(source, dtype=named_dtype(dtype))
+        treated = spd.read(model_path(source), dtype=named_dtype(dtype))
         with treated.simulate():
             yield treated.model.eval(), load_tokenizer(source)
         return

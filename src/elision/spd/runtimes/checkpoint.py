@@ -84,7 +84,7 @@ def corrections_of(source: str | Path, plan: SyncPlan) -> dict[int, dict[str, Te
     found: dict[int, dict[str, Tensor]] = {index: {} for index in plan.corrections}
     if not found:
         return {}
-    directory = Path(model_path(source)).expanduser()
+    directory = Path(model_path(source))
     if not directory.is_dir():  # a Hugging Face id, whose weights are fetched by now
         directory = Path(snapshot_download(model_path(source), allow_patterns=["*.safetensors", "*.json"]))
     for file in sorted(directory.glob("*.safetensors")):
@@ -105,7 +105,7 @@ def fingerprint(source: str | Path, config: PretrainedConfig, dtype: torch.dtype
     Of the weights as they lie on disk, because a rank holds shards of its own: the same for all ranks there, and cheap.
     """
     settings = {name: value for name, value in config.to_dict().items() if name not in ORIGINS}
-    directory = Path(model_path(source)).expanduser()
+    directory = Path(model_path(source))
     if not directory.is_dir():
         directory = Path(snapshot_download(model_path(source), local_files_only=True))
     sums: dict[str, str] = {}
