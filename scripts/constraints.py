@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OLDEST, NEWER = (3, 11), ("3.12", "3.13")
+EXTRAS = ("dev", "docs", "eval", "qlora", "torchao")  # what scripts/setup.sh dev installs
 TORCH = "torch==2.13.0"  # the version that the project is developed against
 HEADER = (
     "# Every dependency of `make demo`, `make test` and `make docs`, build and test tools included. "
@@ -30,7 +31,7 @@ def main() -> None:
     if sys.version_info[:2] != OLDEST:
         sys.exit(f"error: run with Python {OLDEST[0]}.{OLDEST[1]}, the oldest supported one: its pins hold for all")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [line for extra in ("dev", "docs", "eval") for line in project["optional-dependencies"][extra]]
+    extras = [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
     wanted = [*project["dependencies"], *extras, "hatchling", "editables", TORCH]
     with tempfile.TemporaryDirectory() as place:
         venv.create(Path(place) / "venv", with_pip=True)

@@ -50,6 +50,6 @@ echo "Installing into .venv at the versions of constraints.txt (a few minutes th
 install=(.venv/bin/python -m pip install --disable-pip-version-check --retries 10 --constraint constraints.txt)
 [ -t 1 ] || install+=(--quiet) # a person sees the downloads move, a log only what went wrong
 "${install[@]}" hatchling editables # the build tools, pinned like the rest
-if [ "$what" = dev ]; then extras="[dev,docs,eval]"; else extras=; fi
+if [ "$what" = dev ]; then extras="[dev,docs,eval,qlora,torchao]"; else extras=; fi
 "${install[@]}" --no-build-isolation --editable ".$extras"
 echo "$versions $what $PWD" >"$marker"

@@ -26,6 +26,7 @@ case "$*" in
   "-m pip "*) [ -z "${OFFLINE:-}" ] ;;
 esac
 """
+DEV = "--editable .[dev,docs,eval,qlora,torchao]"
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -96,11 +97,11 @@ def test_setup_runs_once(checkout: Path) -> None:
 def test_setup_adds_the_tools_and_keeps_them(checkout: Path) -> None:
     setup(checkout)
     code, calls, _ = setup(checkout, "dev")
-    assert code == 0 and calls and "-m venv .venv" not in calls and calls[-1].endswith("--editable .[dev,docs,eval]")
+    assert code == 0 and calls and "-m venv .venv" not in calls and calls[-1].endswith(DEV)
     assert setup(checkout) == (0, [], "")
     (checkout / "constraints.txt").write_text("# other versions\n")
     code, calls, _ = setup(checkout)
-    assert code == 0 and "-m venv .venv" not in calls and calls[-1].endswith("--editable .[dev,docs,eval]")
+    assert code == 0 and "-m venv .venv" not in calls and calls[-1].endswith(DEV)
 
 
 def test_interrupted_setup_starts_over(checkout: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig
@@ -14,7 +15,6 @@ from elision.sparselora import lossless, sparsify
 from tests.sparselora import tiny
 from tests.sparselora.test_fast_apply import turns
 
-bnb = pytest.importorskip("bitsandbytes", reason="pip install elision[qlora]")
 Result = tuple[Tensor, dict[str, Tensor]]
 
 

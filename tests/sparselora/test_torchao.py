@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from torchao import quantization
 
 from elision import blocks
 from elision.errors import InputError
@@ -15,7 +16,6 @@ from elision.sparselora import sparsify
 from tests.sparselora import tiny
 from tests.sparselora.test_fast_apply import turns
 
-quantization = pytest.importorskip("torchao.quantization", reason="pip install elision[torchao]")
 pytestmark = pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")  # merging is not tried
 INT4: Any = torch.int4  # type: ignore[attr-defined]
 
