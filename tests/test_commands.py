@@ -192,9 +192,22 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
             "a prompt": ["spd", "generate", folder / "opt", "--ranks", 2, "--prompt", "def", "--new-tokens", 64],
             "a timed prompt": ["spd", "bench", folder / "opt", "--ranks", 2, "--prompt-tokens", 65, "--new-tokens", 1],
             "pages": ["sparselora", "calibrate", folder / "opt", "--data", answers, "--flops", 0.5, "--out", plan],
+            "problems": ["sparselora", "train", folder / "opt", "--data", answers, "--out", folder / "new"],
+            "timed problems": ["sparselora", "bench", folder / "opt", "--data", answers],
         }
         answers.write_text(json.dumps([{"prompt": "a " * 90, "completion": "b"}]))
         return beyond[kind.removesuffix(BEYOND_IT)], "OPT model has 64 positions"
+    if kind in UNKNOWN:
+        load_tokenizer("reference").save_pretrained(folder / "model")
+        tiny("llama").save_pretrained(folder / "model")
+        unknown = {
+            "problems": ["sparselora", "train", folder / "model", "--data", answers, "--out", folder / "new"],
+            "timed problems": ["sparselora", "bench", folder / "model", "--data", answers],
+            "problems to plan on": ["sparselora", "calibrate", folder / "model", "--data", answers, "--out", plan],
+            "a prompt": ["spd", "generate", folder / "model", "--ranks", 1, "--prompt", "the prompt"],
+        }
+        answers.write_text(json.dumps([{"prompt": "the prompt", "completion": "b"}]))
+        return unknown[kind.removesuffix(UNKNOWN_IT)], "the model's vocabulary has 97: tokenize with the model's own"
     if kind == "a baseline of another tokenizer":
         shutil.copytree(reference_model.PATH, folder / "model")
         values = json.loads((folder / "model" / "tokenizer.json").read_text())
@@ -324,10 +337,14 @@ ADAPTERS = {
     "llama adapter without weights": "holds no adapter_model.safetensors",
 }
 BEYOND_IT = " beyond a table of positions"
-BEYOND = [f"{what}{BEYOND_IT}" for what in ("rows", "a prompt", "a timed prompt", "pages")]
+BEYOND = [
+    f"{what}{BEYOND_IT}" for what in ("rows", "a prompt", "a timed prompt", "pages", "problems", "timed problems")
+]
+UNKNOWN_IT = " outside the vocabulary"
+UNKNOWN = [f"{what}{UNKNOWN_IT}" for what in ("problems", "timed problems", "problems to plan on", "a prompt")]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *UNMET, *ADAPTERS, *BEYOND, *RECIPES])
+@pytest.mark.parametrize("kind", [*KINDS, *UNMET, *ADAPTERS, *BEYOND, *UNKNOWN, *RECIPES])
 def test_bad_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path, text: Path) -> None:
     arguments, message = bad(kind, tmp_path, text)
     before = sorted(tmp_path.rglob("*"))

@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from elision import data
+from elision import data, files
 from elision.errors import InputError
+from elision.loading import load_texts
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +151,13 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path: Path) -> None:
     row = {"prompt": "one\N{LINE SEPARATOR}two\x85", "answer": "three"}
     path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(row) + "\n", encoding="utf-8")
     assert [example.prompt for example in data.load_examples(path)] == [row["prompt"]] * 2
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    row = {"prompt": "one", "answer": "two"}
+    for name, text in (("rows.jsonl", json.dumps(row)), ("rows.json", json.dumps([row])), ("text.txt", "some words")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    for name in ("rows.jsonl", "rows.json"):
+        assert data.load_examples(tmp_path / name) == [data.Example("one", "two")]
+    assert files.read_json(tmp_path / "rows.json", "plan") == [row]
+    assert load_texts([tmp_path / "text.txt"]) == ["some words"]

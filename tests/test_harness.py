@@ -14,6 +14,7 @@ from elision import data, evaluate, harness, reference_model, spd
 from elision.cli import app
 from elision.errors import InputError
 from elision.tasks import rows
+from tests.spd.tiny import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-evaluation-harness and what it brings are not ours to mend
 
@@ -104,6 +105,12 @@ def test_what_cannot_be_run(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch
     with pytest.raises(InputError, match=r'pip install "elision\[eval\]"'):
         harness.run(*loaded, ["elision_boolq"])
     monkeypatch.undo()
+    small = tiny("llama", max_position_embeddings=512)
+    with pytest.raises(
+        InputError, match=r"^the tasks' documents have token \d+, the model's vocabulary has 97: tokenize"
+    ):
+        harness.run(small, loaded[1], ["elision_word_problems"], limit=2)
+    assert not small.get_input_embeddings()._forward_pre_hooks
     with pytest.raises(InputError, match="is no directory"):
         harness.run(*loaded, ["elision_boolq"], include=tmp_path / "none")
 

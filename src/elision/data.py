@@ -63,7 +63,7 @@ def load_examples(path: str | Path) -> list[Example]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise InputError(f"data {path} is not a file: give a .json or .jsonl file of prompts and answers") from None
     except UnicodeDecodeError:

@@ -106,7 +106,7 @@ def read_json(path: str | Path, what: str) -> Any:
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # edited by hand, it may begin with a mark
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise InputError(f"{what} {path} is not a file: give the path of an existing {what}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

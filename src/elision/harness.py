@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from elision.errors import InputError
-from elision.evaluate import Interval, Z, accuracy, evaluating, paired_difference
+from elision.evaluate import Interval, Z, accuracy, check_tokens, evaluating, paired_difference
 
 OURS = Path(__file__).parent / "tasks"
 
@@ -59,13 +61,14 @@ def run(
         include: a directory with task files of yours.
 
     Raises:
-        InputError: lm-evaluation-harness is not installed, or a task does not exist or lacks its data.
+        InputError: lm-evaluation-harness is not installed, a task does not exist or lacks its data, or the
+            tokenizer is of another model.
     """
     evaluator, manager = _harness(tasks, include)
     backend = importlib.import_module("lm_eval.models.huggingface").HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device)
     )
-    with evaluating(model), _no_commit(evaluator):
+    with evaluating(model), _no_commit(evaluator), _own_tokens(model):
         try:
             found = evaluator.simple_evaluate(
                 backend, tasks=list(tasks), limit=limit, num_fewshot=shots, task_manager=manager, bootstrap_iters=1000
@@ -86,6 +89,20 @@ def _no_commit(evaluator: Any) -> Iterator[None]:
         yield
     finally:
         setattr(evaluator, name, own) if own is not None else delattr(evaluator, name)
+
+
+@contextmanager
+def _own_tokens(model: Any) -> Iterator[None]:
+    """Inside, a token outside the vocabulary is refused by name, where the embeddings would end in an IndexError."""
+
+    def check(embeddings: Any, given: tuple[Any, ...]) -> None:
+        check_tokens(embeddings.num_embeddings, torch.stack(given[0].aminmax()).tolist(), "the tasks' documents")
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def difference(score: Score, baseline: Score) -> Interval | None:

@@ -154,7 +154,7 @@ def load_texts(paths: Sequence[str | Path]) -> list[str]:
     texts = []
     for path in map(Path, paths):
         try:
-            texts.append(path.read_text(encoding="utf-8"))
+            texts.append(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
         except OSError:
             raise InputError(f"text {path} cannot be read: give a plain text file") from None
         except UnicodeDecodeError:

@@ -256,11 +256,12 @@ def _load(
 
     Where there are no other rows, lessons are of the same.
     """
-    from elision.data import collate, encode, load_examples
+    from elision.data import collate, load_examples
+    from elision.sparselora.train import encode
 
     examples = load_examples(data)
     loaded, tokenizer = load(model, dtype, stream=stream)
-    encoded = encode(tokenizer, examples, max_length)  # all, because rows that are too long are left out
+    encoded = encode(loaded, tokenizer, examples, max_length)  # all, because rows that are too long are left out
     chosen = range(0, len(encoded), max(1, len(encoded) // rows))[:rows]
 
     def batches(taken: Sequence[Any]) -> list[dict[str, Tensor]]:

@@ -74,7 +74,7 @@ def train(
       elision sparselora train ./model --data pairs.jsonl --plan ./predictor --mode o2 --out adapter
       elision sparselora train ./model --data pairs.jsonl --sparsity 0 --out lora
     """
-    from elision.data import collate, encode, load_examples
+    from elision.data import collate, load_examples
     from elision.report import sources
     from elision.sparselora import SparsityPlan, forecast
     from elision.sparselora import train as training
@@ -93,7 +93,7 @@ def train(
     examples = load_examples(data)
     known = plans.plan_of(plan, mode)
     loaded, tokenizer = load(model, dtype)
-    rows = encode(tokenizer, examples, max_length)
+    rows = training.encode(loaded, tokenizer, examples, max_length)
     settings = training.Settings(
         steps=max(1, round(epochs * len(rows) / batch)),
         batch=batch,

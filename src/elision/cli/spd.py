@@ -66,6 +66,7 @@ def generate(
       elision spd generate model-spd --prompt "def add(a, b):" --new-tokens 32
       elision spd generate reference --plan plan.json --prompt "def add(a, b):"
     """
+    from elision.evaluate import check_tokens
     from elision.families import check_positions
     from elision.loading import load_tokenizer
     from elision.spd.runtimes import tasks
@@ -79,6 +80,7 @@ def generate(
     for text, real in zip(prompt, given["attention_mask"], strict=True):
         if not real.any():
             raise InputError(f"--prompt {text!r} holds no token: give text to go on from")
+    check_tokens(config.vocab_size, given["input_ids"][given["attention_mask"] > 0].tolist(), "the prompts")
     check_positions(config, int(given["attention_mask"].sum(1).max()) + new_tokens, "a --prompt with its --new-tokens")
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0, "seed": seed}
     options |= {"temperature": temperature} if temperature else {}

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elision import blocks, data, files
+from elision import blocks, data, families, files
 from elision.errors import InputError
+from elision.evaluate import check_tokens
 from elision.sparselora import sweep
 from elision.sparselora.apply import sparsify
 from elision.sparselora.factors import Factors
@@ -68,6 +69,23 @@ def add_adapter(model: Any, settings: Settings) -> Any:
     )
 
 
+def encode(
+    model: Any, tokenizer: Any, examples: Sequence[data.Example | data.Problem], max_length: int
+) -> list[dict[str, list[int]]]:
+    """`data.encode`, in rows that `model` can read.
+
+    Raises:
+        InputError: as `data.encode` does, a token outside the model's vocabulary, or a row beyond its positions.
+    """
+    rows = data.encode(tokenizer, examples, max_length)
+    ends = [end for row in rows for end in (min(row["input_ids"]), max(row["input_ids"]))]
+    config = model.config.get_text_config()
+    check_tokens(config.vocab_size, [*ends, tokenizer.pad_token_id or 0], "rows of the data")
+    longest = max(len(row["input_ids"]) for row in rows)
+    families.check_positions(config, longest, f"a row within max-length {max_length}")
+    return rows
+
+
 def train(
     model: Any,
     tokenizer: Any,
@@ -99,13 +117,13 @@ def train(
         The log of the Trainer: dicts with "step" and "loss".
 
     Raises:
-        InputError: nothing to train on, checkpoints of another run beside `out`, a `report_to` that is not installed,
-            or what `sparsify` refuses.
+        InputError: nothing to train on, rows that the model cannot read, checkpoints of another run beside `out`, a
+            `report_to` that is not installed, or what `sparsify` refuses.
     """
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
-    rows = data.encode(tokenizer, examples, settings.max_length)
+    rows = encode(model, tokenizer, examples, settings.max_length)
     out = out.resolve()
     work = out.with_name(f"{out.name}.training")
     _check_identity(work, _identity(model, rows, plan, settings))
