@@ -325,6 +325,62 @@ def test_calibrated_plans_are_one_picture(tmp_path: Path) -> None:
     assert report.write(given, tmp_path / "page").is_file()
 
 
+VERIFIED = {
+    **PLAN,
+    "model": {"layers": 3},
+    "verified": {"dense": 10.0, "zero_shot": 10.2, "planned": 10.2},
+}
+
+
+def test_verified_plans_of_syncs_are_named_and_judged_on_held_out_text(tmp_path: Path) -> None:
+    alone = sources.load(put(tmp_path / "a.json", VERIFIED))
+    assert verdict.headline(alone) == (
+        "A leaves out 66.7% of the syncs after attention for +2.00% perplexity (held-out text)."
+    )
+    page = report.write(tmp_path / "a.json", tmp_path / "page").read_text()
+    assert "+2.00% perplexity on held-out text" in page and "perplexity on the calibration text<" not in page
+    other = {**VERIFIED, "verified": {"dense": 10.0, "zero_shot": 10.5, "planned": 10.5}}
+    both = sources.together([("a", alone), ("b", sources.load(put(tmp_path / "b.json", other)))])
+    said = (
+        "A on held-out text leaves out 66.7% of the syncs after attention for +2.00% perplexity and b on held-out text "
+    )
+    assert verdict.headline(both) == f"{said}leaves out 66.7% of the syncs after attention for +5.00% perplexity."
+    same = put(tmp_path / "other" / "a.json", other)
+    twins = sources.together([("a.json", alone), ("other/a.json", sources.load(same))])
+    assert [each.name for each in twins.tradeoffs] == ["a.json: a and other/a.json: a"]
+    unverified = sources.load(put(tmp_path / "c.json", PLAN))
+    assert "perplexity on the calibration text<" in report.write(tmp_path / "c.json", tmp_path / "page").read_text()
+    mixed = sources.together([("s", sources.load(put(tmp_path / "s.json", SPARSITY))), ("c", unverified)])
+    assert verdict.headline(mixed) == (
+        "On 4 ranks, Sync-Point Drop leaves out 2 of the c's 3 syncs after attention for +0.30% perplexity on the "
+        "calibration text itself; s leaves out 40.0% of LoRA's FLOPs for +1.00% loss."
+    )
+    mixed = sources.together([("s", sources.load(tmp_path / "s.json")), ("a", alone)])
+    assert verdict.headline(mixed) == (
+        "S leaves out 40.0% of LoRA's FLOPs for +1.00% loss; a leaves out 66.7% of the syncs after attention for "
+        "+2.00% perplexity (held-out text)."
+    )
+
+
+def test_what_is_slower_is_not_called_a_gain() -> None:
+    timed = {"shape": "S1", "step_ms": 400.0}
+    steps = [
+        {**timed, "variant": "LoRA", "speedup": 1.0, "ideal": 1.0},
+        {**timed, "variant": "sparse + lossless", "speedup": 0.8, "ideal": 1.2},
+    ]
+    assert verdict.headline(check({"steps": steps})) == (
+        "A step of sparse + lossless at S1 is 0.80 times as fast, where the counted operations allow 1.20."
+    )
+    whole = {"phase": "decode", "link": "this machine", "ranks": 2}
+    latency = [
+        {**whole, "variant": "all syncs", "ms": 100.0, "ideal_ms": 100.0},
+        {**whole, "variant": "plan", "ms": 110.0, "ideal_ms": 95.0},
+    ]
+    assert verdict.headline(check({"latency": latency})) == (
+        "The plan adds 10.0% to decode on this machine, where the dropped syncs alone would take off 5.0%."
+    )
+
+
 def test_latencies_are_shown_against_their_ideal(tmp_path: Path) -> None:
     rows = [
         {"workload": "decode", "variant": "all syncs", "ms": 17.0, "saved_ms": 0.0, "ideal_ms": 0.0},

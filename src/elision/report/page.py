@@ -303,17 +303,22 @@ def _figures(results: Results) -> list[Figure]:
             value = verdict.difference(measure.change.value, measure.relative)
             interval = f"95% interval {verdict.bounds(measure.change, measure.relative)}"
             found.append(Figure(value, f"{measure.metric} on {measure.task}", interval))
-    if (best := max(results.steps, key=lambda row: row.speedup or 0, default=None)) is not None and best.speedup:
+    timed = [row for row in results.steps if row.speedup is not None]
+    if timed and (best := verdict.best_step(timed)).speedup:
         found.append(
             Figure(f"{best.speedup:.2f}×", f"as fast: {best.variant}", f"{best.shape}, {best.device}".strip(", "))
         )
     if results.spd:
-        most = results.spd[0].ranks[-1]
+        model, most = results.spd[0], results.spd[0].ranks[-1]
+        cost, text = most.increases[most.chosen], f" on {model.text}" if model.text == verdict.CALIBRATION else ""
+        for each in results.tradeoffs:
+            if (each.name, each.saving) == (model.model, verdict.SYNCS):  # verified on other text than was planned on
+                cost, text = next((p.cost for p in each.points if p.kind == "chosen"), cost), f" on {verdict.HELD_OUT}"
         found.append(
             Figure(
                 f"{most.chosen} of {most.layers}",
                 f"syncs after attention dropped on {most.ranks} ranks",
-                f"{verdict.change(most.increases[most.chosen])} perplexity"
+                f"{verdict.change(cost)} perplexity{text}"
                 + ("" if most.max_loss is None else f", budget +{verdict.limit(most.max_loss)}"),
             )
         )

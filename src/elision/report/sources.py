@@ -8,6 +8,7 @@ bench.json               the last line of a benchmark program's output, or the w
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from elision import files
 from elision.errors import InputError
 from elision.report.results import Results, Tradeoff, check
-from elision.report.verdict import CALIBRATION, HELD_OUT
+from elision.report.verdict import CALIBRATION, HELD_OUT, SYNCS
 from elision.runs import Run
 
 
@@ -84,15 +85,26 @@ def _named(label: str, name: str) -> str:
 
 def _joined(tradeoffs: Sequence[tuple[str, Tradeoff]]) -> list[Tradeoff]:
     """Trade-offs of several runs; those that are one plan each are one picture where they save and cost the same."""
+    single = [each for _, each in tradeoffs if len(each.points) == 1]
+    alike = Counter((each.saving, each.cost) for each in single)
+    names = Counter(each.name for each in single)
     found: list[Tradeoff] = []
     places: dict[tuple[str, str], int] = {}
     for label, each in tradeoffs:
-        place = places.setdefault((each.saving, each.cost), len(found)) if len(each.points) == 1 else len(found)
-        if place == len(found):
-            found.append(each if len(each.points) == 1 else each.model_copy(update={"name": _named(label, each.name)}))
+        kind = (each.saving, each.cost)
+        if len(each.points) > 1:
+            found.append(each.model_copy(update={"name": _named(label, each.name)}))
+        elif alike[kind] == 1:
+            found.append(each)
         else:
-            names = {"name": f"{found[place].name} and {each.name}", "points": [*found[place].points, *each.points]}
-            found[place] = found[place].model_copy(update=names)
+            name = each.name if names[each.name] == 1 else _named(label, each.name)
+            called = {each.name: name, HELD_OUT: f"{name} on {HELD_OUT}"}
+            points = [point.model_copy(update={"name": called.get(point.name, point.name)}) for point in each.points]
+            if (place := places.setdefault(kind, len(found))) == len(found):
+                found.append(each.model_copy(update={"name": name, "points": points}))
+            else:
+                joined = {"name": f"{found[place].name} and {name}", "points": [*found[place].points, *points]}
+                found[place] = found[place].model_copy(update=joined)
     return found
 
 
@@ -173,9 +185,7 @@ def _sync_plan(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         point = {"saving": len(values["dropped"]) / values["model"]["layers"], "kind": "chosen"}
         points = [{**point, "name": how, "cost": value / verified["dense"] - 1} for how, value in costs.items()]
         points[0]["kind"] = "chosen" if len(points) == 1 else "control"
-        sections["tradeoffs"] = [
-            {"name": name, "saving": "the syncs after attention", "cost": "perplexity", "points": points}
-        ]
+        sections["tradeoffs"] = [{"name": name, "saving": SYNCS, "cost": "perplexity", "points": points}]
     return sections
 
 

@@ -31,6 +31,7 @@ from elision.report.results import (
 
 MINUS = "\N{MINUS SIGN}"
 CALIBRATION, HELD_OUT = "the calibration text", "held-out text"
+SYNCS = "the syncs after attention"  # that plans of SPD save
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -113,12 +114,15 @@ def points(difference: float) -> str:
 
 def headline(results: Results) -> str:
     """The verdict on the whole run in one sentence with numbers."""
-    held_out = bool(results.tradeoffs)  # what was verified on held-out text goes before the text that was planned on
-    spd = [] if held_out and results.spd and results.spd[0].text == CALIBRATION else results.spd
+    first: dict[str, Tradeoff] = {}  # of those that save alike
+    for each in results.tradeoffs:
+        first.setdefault(each.saving, each)
+    # What was verified on held-out text goes before the text that was planned on.
+    spd = [] if SYNCS in first and results.spd and results.spd[0].text == CALIBRATION else results.spd
     clauses = [clause for clause in (_trained(results.finetune), _dropped(spd)) if clause]
     clauses += [clause for clause in (evaluated(results.evaluation), fastest(results.steps)) if clause]
     clauses += [clause for clause in (served(results.latency),) if clause]
-    clauses += [chosen(each) for each in results.tradeoffs[:1]]
+    clauses += [chosen(each) for each in first.values()]
     clauses += [linked(each) for each in results.links[:1]]
     if not clauses and results.training:
         clauses = [descended(results.training[0])]
@@ -266,12 +270,17 @@ def evaluated(measures: Sequence[Measure]) -> str | None:
     return f"{clause}, {against} (95% interval {bounds(is_.change, is_.relative)}: {judged(is_)})"
 
 
+def best_step(rows: Sequence[StepTime]) -> StepTime:
+    """The fastest of the steps that were timed against another: what they are held against is not one of them."""
+    return max([row for row in rows if row.speedup != 1.0] or rows, key=lambda row: row.speedup or 0)
+
+
 def fastest(rows: Sequence[StepTime]) -> str | None:
     """The best speedup that was timed, with what the operations would allow."""
     known = [row for row in rows if row.speedup is not None]
     if not known:
         return None
-    best = max(known, key=lambda row: row.speedup or 0)
+    best = best_step(known)
     ideal = "" if best.ideal is None else f", where the counted operations allow {number(best.ideal, 2)}"
     return f"a step of {best.variant} at {best.shape} is {number(best.speedup or 0, 2)} times as fast{ideal}"
 
@@ -287,17 +296,18 @@ def served(rows: Sequence[Latency]) -> str | None:
     best = max(known, key=lambda row: saved[id(row)])
     share, ideal = saved[id(best)], 1 - (best.ideal_ms or 0.0) / whole[best.phase, best.link]
     what = "the plan" if best.variant == "plan" else "dropping every sync after attention"
-    return (
-        f"{what} takes {percent(share)} off {best.phase} on {best.link}, where the dropped syncs alone would be "
-        f"{percent(ideal)}"
-    )
+    took = f"takes {percent(share)} off" if share >= 0 else f"adds {percent(-share)} to"
+    alone = "the dropped syncs alone " + ("would be" if share >= 0 else "would take off")
+    return f"{what} {took} {best.phase} on {best.link}, where {alone} {percent(ideal)}"
 
 
 def linked(is_: Links) -> str:
     """What an all-reduce costs between ranks."""
     rate = f", and bytes leave a rank at {number(1e-9 / is_.beta, 2)} GB/s" if is_.beta else ""
-    least = f"{number(1e6 * is_.alpha)} microseconds"
-    return f"on {is_.name} an all-reduce between {is_.ranks} ranks takes at least {least}{rate}"
+    return (
+        f"on {is_.name} an all-reduce of next to nothing between {is_.ranks} ranks takes "
+        f"{number(1e6 * is_.alpha)} microseconds by the fit{rate}"
+    )
 
 
 def chosen(is_: Tradeoff) -> str:
