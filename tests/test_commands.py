@@ -61,6 +61,15 @@ def test_calibrate_then_eval_under_the_plan(tmp_path: Path, text: Path) -> None:
     assert scores == pytest.approx([found.perplexities[0], found.perplexities[6]], rel=1e-4)
 
 
+def test_every_text_is_read(tmp_path: Path, text: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Sometimes the wind blew from the sea. " * 40)
+    given = (["--text", text], ["--text", other], ["--text", text, "--text", other])
+    options = ["--rows", 2, "--tokens", 32, "--json"]
+    first, second, both = (json.loads(run("eval", "reference", *each, *options)[1])["perplexity"] for each in given)
+    assert min(first, second) < both < max(first, second)
+
+
 def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "healed"
     fast = ["--method", "fisher", "--stream", "--tiers", "0,1", "--drop", 0.25, "--recovered", "b2b=0.7"]

@@ -72,6 +72,18 @@ def test_text_is_cut_into_rows_end_to_end(tokenizer: PreTrainedTokenizerFast) ->
         data.text_batches(tokenizer, ["abc"], length=100)
 
 
+def test_a_limit_leaves_out_no_text_whose_rows_are_taken_in_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    def rows(*texts: str, limit: int | None = None) -> list[str]:
+        batches = data.text_batches(tokenizer, texts, length=2, rows=2, limit=limit, in_turn=True)
+        return ["".join(tokenizer.convert_ids_to_tokens(row)) for batch in batches for row in batch["input_ids"]]
+
+    assert rows("abcd", "xyz", limit=2) == ["ab", "xy"]
+    assert rows("abcd", "xyz") == ["ab", "xy", "cd", "z<end>"]
+    assert rows("abcd", "p", "x", limit=9) == ["ab", "p<end>", "x<end>", "cd"]
+    assert rows("ab", "cd", "ef", limit=9) == ["ab", "cd", "ef", "<end><end>"]
+    assert rows("abcde") == ["ab", "cd", "e<end>"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "prompt", "answer"),
     [

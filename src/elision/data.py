@@ -174,19 +174,36 @@ def collate(
 
 
 def text_batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int, rows: int = 8, limit: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    length: int,
+    rows: int = 8,
+    limit: int | None = None,
+    in_turn: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Texts end to end, cut into rows of `length` tokens and batches of up to `rows`; at most `limit` rows.
+
+    `in_turn` takes a row of each text after the other, so that a limit leaves no text out; what is left of each, end to
+    end, comes last.
 
     Raises:
         InputError: fewer than `length` tokens of text.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
-    for text in texts:
-        ids += [*tokenizer.encode(text), *end]
-        if limit is not None and len(ids) >= limit * length:
-            break
+    if in_turn:
+        each = [[*tokenizer.encode(text), *end] for text in texts]
+        whole = [len(own) // length for own in each]
+        for row in range(max(whole, default=0)):
+            for own, count in zip(each, whole, strict=True):
+                ids += own[row * length : (row + 1) * length] if row < count else []
+        for own, count in zip(each, whole, strict=True):
+            ids += own[count * length :]
+    else:
+        for text in texts:
+            ids += [*tokenizer.encode(text), *end]
+            if limit is not None and len(ids) >= limit * length:
+                break
     count = min(len(ids) // length, limit or len(ids))
     if count == 0:
         raise InputError(f"the text has {len(ids)} tokens, fewer than one row of {length}: give more text")

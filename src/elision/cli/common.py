@@ -70,7 +70,7 @@ def _writable(ctx: Any, param: Any, value: Any) -> Any:
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory, a Hugging Face id, or 'reference'.")]
-Text = Annotated[list[Path], typer.Option(help="Plain text; may be given several times.")]
+Text = Annotated[list[Path], typer.Option(help="Plain text; rows of several files are taken in turn.")]
 Rows = Annotated[int, typer.Option(min=1, help="Rows of text at most.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens a row.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]

@@ -23,7 +23,7 @@ def evaluate(
     ctx: typer.Context,
     model: Model,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Plain text for perplexity; several times if need be.")
+        list[Path] | None, typer.Option(help="Plain text for perplexity; rows of several files are taken in turn.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help=".json or .jsonl of prompts and answers, for exact match.")] = None,
     tasks: Annotated[
@@ -77,7 +77,7 @@ def evaluate(
             _check_pair(model, tokenizer, against, other, _sample(texts, examples))
         for scored in (changed, base) if texts is not None else ():
             check_positions(getattr(scored, "config", None), tokens, "a row of --tokens")
-        batches = None if texts is None else text_batches(tokenizer, texts, tokens, batch, limit=rows)
+        batches = None if texts is None else text_batches(tokenizer, texts, tokens, batch, limit=rows, in_turn=True)
         if batches is not None and base is not None:
             evaluate.check_vocabularies(changed, base)
         if dry_run:

@@ -219,9 +219,11 @@ def _texts(
     texts = load_texts(text)
     if held_out:
         other = load_texts(held_out)
-        first, second = (text_batches(tokenizer, each, tokens, ROWS_A_BATCH, limit=rows) for each in (texts, other))
+        first, second = (
+            text_batches(tokenizer, each, tokens, ROWS_A_BATCH, limit=rows, in_turn=True) for each in (texts, other)
+        )
         return first, second
-    found = text_batches(tokenizer, texts, tokens, rows=1, limit=rows + -(-rows // 4))
+    found = text_batches(tokenizer, texts, tokens, rows=1, limit=rows + -(-rows // 4), in_turn=True)
     apart = max(len(found) - rows, len(found) // 5)
     cut = len(found) - apart
     return _joined(found[:cut]), _joined(found[cut:]) or None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elision.progress import progress
 from elision.sparselora.apply import sparsify
 from elision.sparselora.factors import Factors
 from elision.sparselora.plan import SparsityPlan
@@ -37,7 +38,8 @@ def measure(
     zeros = (0.0,) * plan.model.layers
     dense = replace(now, ffn=zeros, qk=zeros, vo=zeros)
     variants = {"LoRA": None, "dense + lossless": dense, "sparse + lossless": now}
-    return step_seconds(model, batches, variants, turns, factors)
+    with progress("Timing steps", turns * len(variants)) as advance:
+        return step_seconds(model, batches, variants, turns, factors, advance)
 
 
 def step_seconds(
@@ -46,10 +48,11 @@ def step_seconds(
     plans: Mapping[str, SparsityPlan | None],
     turns: int = 3,
     factors: Factors | None = None,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> dict[str, float]:
     """Median seconds of forward and backward of `model` under each plan (None: as it is), over turns and batches.
 
-    The model is left as it was; gradients are dropped.
+    The model is left as it was; gradients are dropped. `advance` is called with 1 after each plan's turn.
 
     Raises:
         InputError: what `sparsify` refuses.
@@ -64,6 +67,7 @@ def step_seconds(
                 with nullcontext() if plan is None else sparsify(model, plan, factors):
                     _step(model, batch)
                     seconds[name].append(_step(model, batch))
+                advance(1)
     finally:
         for module, mode in modes:
             module.training = mode

@@ -121,12 +121,16 @@ def timed(model: Any, workload: Workload) -> list[float]:
 
 
 def compare(
-    variants: Mapping[str, Callable[[Workload], list[float]]], workloads: Sequence[Workload], turns: int
+    variants: Mapping[str, Callable[[Workload], list[float]]],
+    workloads: Sequence[Workload],
+    turns: int,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds by workload's name and variant's, as the variants measure them; after one turn to warm up.
 
     Variants take turns within a workload, so that a machine which slows down slows all of them; every other turn goes
-    backwards, so that none always follows the same one, whose heat or idleness it would inherit.
+    backwards, so that none always follows the same one, whose heat or idleness it would inherit. `advance` is called
+    with 1 after each variant's turn.
     """
     found: dict[str, dict[str, list[float]]] = {w.name: {name: [] for name in variants} for w in workloads}
     for workload in workloads:
@@ -135,6 +139,7 @@ def compare(
                 took = variants[name](workload)
                 if turn:
                     found[workload.name][name] += took
+                advance(1)
     return found
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from elision.progress import progress
 from elision.spd.costs import saving, treatments
 from elision.spd.plan import SyncPlan
-from elision.spd.runtimes import latency, ranks
+from elision.spd.runtimes import latency, launch, ranks
 from elision.spd.runtimes import transformers as runtime
 
 
@@ -54,7 +55,10 @@ def bench(
     }
     if not (plan.dropped or plan.int8 or plan.skipped):
         del plans["plan"]
-    times = latency.compare({name: latency.under(model, each) for name, each in plans.items()}, workloads, turns)
+    variants = {name: latency.under(model, each) for name, each in plans.items()}
+    total = len(variants) * len(workloads) * (turns + 1)
+    with progress("Timing passes", total, quiet=not launch.is_first()) as advance:
+        times = latency.compare(variants, workloads, turns, advance)
     link, _ = latency.probe()
     rows = []
     for workload in workloads:
