@@ -75,7 +75,9 @@ def test_text_is_cut_into_rows_end_to_end(tokenizer: PreTrainedTokenizerFast) ->
 def test_a_limit_leaves_out_no_text_whose_rows_are_taken_in_turn(tokenizer: PreTrainedTokenizerFast) -> None:
     def rows(*texts: str, limit: int | None = None) -> list[str]:
         batches = data.text_batches(tokenizer, texts, length=2, rows=2, limit=limit, in_turn=True)
-        return ["".join(tokenizer.convert_ids_to_tokens(row)) for batch in batches for row in batch["input_ids"]]
+        return [
+            "".join(tokenizer.convert_ids_to_tokens(row.tolist())) for batch in batches for row in batch["input_ids"]
+        ]
 
     assert rows("abcd", "xyz", limit=2) == ["ab", "xy"]
     assert rows("abcd", "xyz") == ["ab", "xy", "cd", "z<end>"]
@@ -173,3 +175,18 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
         assert data.load_examples(tmp_path / name) == [data.Example("one", "two")]
     assert files.read_json(tmp_path / "rows.json", "plan") == [row]
     assert load_texts([tmp_path / "text.txt"]) == ["some words"]
+
+
+def test_a_file_that_may_not_be_read_is_not_said_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied", "rows.json")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(
+        InputError, match=r"^data rows\.json cannot be read \(Permission denied\): give a file that you"
+    ):
+        data.load_examples("rows.json")
+    with pytest.raises(
+        InputError, match=r"^plan rows\.json cannot be read \(Permission denied\): give a file that you"
+    ):
+        files.read_json("rows.json", "plan")

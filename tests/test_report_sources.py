@@ -233,6 +233,18 @@ def test_sources_that_cannot_be_shown(tmp_path: Path) -> None:
         report.write(plan, tmp_path / "page")
     with pytest.raises(InputError, match="is no run, plan or benchmark"):
         report.write(put(tmp_path / "x.json", {"a": 1}), tmp_path / "page")
+    with pytest.raises(InputError, match="none does not exist: give a run directory, a plan or a benchmark's JSON"):
+        report.write(tmp_path / "none", tmp_path / "page")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty is no run, for it holds neither results\.json nor run\.json: give"):
+        report.write(tmp_path / "empty")
+    (tmp_path / "log.txt").write_text("a Trainer's\n{'loss': '4.6'}\n")
+    with pytest.raises(InputError, match=r"log\.txt is no run, plan or benchmark: give"):
+        report.write(tmp_path / "log.txt", tmp_path / "page")
+    benchmarks = ({"rows": [1]}, {"rows": [{"workload": 3}]})
+    for values in (*benchmarks, *({**plan, "calibration": {"a": 1}} for plan in (PLAN, SPARSITY))):
+        with pytest.raises(InputError, match=r"torn\.json is not a whole plan or benchmark \(.+\): write it again"):
+            report.write(put(tmp_path / "torn.json", values), tmp_path / "page")
     with pytest.raises(InputError, match="has no place of its own"):
         report.write(put(tmp_path / "p.json", PLAN))
     assert not (tmp_path / "page").exists()

@@ -66,6 +66,8 @@ def load_examples(path: str | Path) -> list[Example]:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise InputError(f"data {path} is not a file: give a .json or .jsonl file of prompts and answers") from None
+    except OSError as error:
+        raise InputError(f"data {path} cannot be read ({error.strerror}): give a file that you may read") from None
     except UnicodeDecodeError:
         raise InputError(f"data {path} is not UTF-8 text: give a .json or .jsonl file") from None
     remedy = "write .json as one list, .jsonl as a row a line"

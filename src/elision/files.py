@@ -109,5 +109,7 @@ def read_json(path: str | Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))  # edited by hand, it may begin with a mark
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise InputError(f"{what} {path} is not a file: give the path of an existing {what}") from None
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read ({error.strerror}): give a file that you may read") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{what} {path} is not JSON ({error}): write it again") from None

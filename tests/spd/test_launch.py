@@ -68,6 +68,9 @@ def test_a_healed_checkpoint_raises_no_false_alarm(tmp_path, caplog, monkeypatch
     assert "model of type" not in caplog.text
     AutoTokenizer.from_pretrained(place)
     assert "You are using a model of type `spd_llama`" in caplog.text
+    other = CliRunner().invoke(app, [*map(str, words), "--ranks", "4"])
+    said = f"error: --ranks 4 is given, but {place} carries a plan for 2 ranks and serves only under it: leave it out\n"
+    assert (other.exit_code, other.stderr) == (2, said)
 
 
 def test_a_process_of_torchrun_is_a_rank_and_starts_no_other(monkeypatch):
@@ -150,7 +153,7 @@ def test_a_rank_that_torchrun_started_alone_has_nothing_to_probe(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["generate", "reference", "--prompt", "x"], "reference carries no spd_plan"),
+        (["generate", "reference", "--prompt", "x"], "reference carries no plan: give --plan FILE, or --ranks N"),
         (["bench", "reference", "--ranks", "3"], "ranks=3 cannot share this model"),
         (["bench", "reference", "--ranks", "1"], "the plan is for 1 rank, which has no syncs to time"),
         (["generate", "reference", "--ranks", "2", "--prompt", ""], "--prompt '' holds no token: give text"),

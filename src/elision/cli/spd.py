@@ -203,6 +203,7 @@ def probe(
 
 def _plan(model: str, path: Path | None, ranks: int | None, dtype: str) -> tuple[PretrainedConfig, SyncPlan]:
     """The model's config and the plan to run, with everything refused that can be before ranks are started."""
+    from elision.families import load_config, treatment
     from elision.spd import SyncPlan
     from elision.spd.runtimes import transformers as runtime
 
@@ -210,6 +211,11 @@ def _plan(model: str, path: Path | None, ranks: int | None, dtype: str) -> tuple
         raise InputError(f"dtype {dtype!r} is not known: use {', '.join(kinds)}")
     if path is not None and ranks is not None:
         raise InputError(f"--ranks {ranks} is given beside --plan, which says the ranks itself: leave one out")
+    config = load_config(model)
+    if path is None and ranks is None and not hasattr(config, "spd_plan"):
+        raise InputError(f"{model} carries no plan: give --plan FILE, or --ranks N to keep all syncs")
+    if ranks is not None and (treated := treatment(config)):
+        raise InputError(f"--ranks {ranks} is given, but {model} {treated}: leave it out")
     given = SyncPlan.load(path) if path is not None else None if ranks is None else SyncPlan(ranks)
     return runtime.planned(model, given)
 

@@ -19,6 +19,8 @@ from elision.report.results import Results, Tradeoff, check
 from elision.report.verdict import CALIBRATION, HELD_OUT, SYNCS
 from elision.runs import Run
 
+GIVE = "give a run directory, a plan or a benchmark's JSON"
+
 
 def load(source: str | Path) -> Results:
     """The results in a run directory or file.
@@ -27,11 +29,23 @@ def load(source: str | Path) -> Results:
         InputError: there is nothing, or nothing that a report can show.
     """
     path = Path(source)
+    if not path.exists():
+        raise InputError(f"{path} does not exist: {GIVE}")
     if path.is_dir():
-        if (path / "results.json").exists() or not (path / "run.json").exists():
+        if (path / "results.json").exists():
             return check(files.read_json(path / "results.json", "results"), f"results {path / 'results.json'}")
+        if not (path / "run.json").exists():
+            raise InputError(f"{path} is no run, for it holds neither results.json nor run.json: {GIVE}")
         return check(_unfinished(path), f"run {path}")
     values = _json(path)
+    try:
+        return _of_file(path, values)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:  # fields that are absent, or of a kind
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is not a whole plan or benchmark ({reason}): write it again") from None
+
+
+def _of_file(path: Path, values: Mapping[str, Any]) -> Results:
     if {"alpha", "beta", "all_reduces"} <= values.keys():
         return check({"title": f"Links {path.name}", "links": [{"name": path.stem, **values}]}, f"probe {path}")
     if "rows" in values or "links" in values:
@@ -47,7 +61,7 @@ def load(source: str | Path) -> Results:
         return check(page, f"plan {path}")
     if values.keys() & set(Results.model_fields):
         return check(values, f"results {path}")
-    raise InputError(f"{path} is no run, plan or benchmark: give a run directory, a plan or a benchmark's JSON")
+    raise InputError(f"{path} is no run, plan or benchmark: {GIVE}")
 
 
 def together(results: Sequence[tuple[str, Results]]) -> Results:
@@ -117,14 +131,15 @@ def labels(sources: Sequence[str | Path]) -> list[str]:
 
 def _json(path: Path) -> Mapping[str, Any]:
     """The one object of a JSON file, or that of a program's last line."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        if lines and lines[-1].startswith("{") and lines[-1].endswith("}") and len(lines) > 1:
-            return json.loads(lines[-1])
-    values = files.read_json(path, "run")
-    if not isinstance(values, Mapping):
-        raise InputError(f"{path} is no run, plan or benchmark: give a run directory, a plan or a benchmark's JSON")
-    return values
+    text = path.read_text(encoding="utf-8-sig", errors="replace").strip()
+    for part in (text, *text.splitlines()[-1:]):
+        try:
+            values = json.loads(part)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(values, Mapping):
+            return values
+    raise InputError(f"{path} is no run, plan or benchmark: {GIVE}")
 
 
 def _unfinished(path: Path) -> dict[str, Any]:
