@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 import elision
 from elision.cli import app
+from elision.cli.common import device, load
 from elision.errors import InputError
 
 LLAMA = {
@@ -195,6 +196,17 @@ def test_a_command_in_the_shells_completion() -> None:
         words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_ELISION_COMPLETE": "complete_bash"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | words)
         assert expected in done.stdout.split(), done
+
+
+def test_models_are_loaded_onto_the_gpu_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert device() == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device() == "cuda:3"
+    monkeypatch.setattr(sys.modules[load.__module__], "device", lambda: "meta")
+    model, _ = load("reference")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_the_installed_command_behaves_the_same(tmp_path: Path) -> None:

@@ -84,8 +84,10 @@ RunDirectory = Annotated[
 ]
 
 
-def load(model: str, dtype: str = "float32", *, stream: bool = False, device: str = "cpu") -> tuple[Any, Any]:
-    """Model and tokenizer, without the libraries' own bars and warnings; `stream` leaves the blocks on disk."""
+def load(model: str, dtype: str = "float32", *, stream: bool = False) -> tuple[Any, Any]:
+    """Model, on `device()`, and tokenizer, without the libraries' own bars and warnings; `stream` leaves the blocks on
+    disk.
+    """
     import warnings
 
     from transformers.utils import logging
@@ -97,9 +99,16 @@ def load(model: str, dtype: str = "float32", *, stream: bool = False, device: st
     if stream:
         from elision.streaming import open_streamed
 
-        return open_streamed(model, dtype=named_dtype(dtype), device=device), load_tokenizer(model)
+        return open_streamed(model, dtype=named_dtype(dtype), device=device()), load_tokenizer(model)
     loaded, tokenizer = load_model(model, dtype)
-    return loaded.to(device), tokenizer
+    return loaded.to(device()), tokenizer
+
+
+def device() -> str:
+    """The GPU where there is one, under torchrun this process's own."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def show(values: Mapping[str, Any], as_json: bool, text: Any = None) -> None:

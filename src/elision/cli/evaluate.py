@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elision.cli.common import DryRun, Dtype, Json, Model, Rows, RunDirectory, Tokens, load, run_directory, show
+from elision.cli.common import (
+    DryRun,
+    Dtype,
+    Json,
+    Model,
+    Rows,
+    RunDirectory,
+    Tokens,
+    device,
+    load,
+    run_directory,
+    show,
+)
 from elision.errors import InputError
 
 if TYPE_CHECKING:
@@ -117,10 +129,11 @@ def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -
     config = Path(model_path(source)) / "config.json"
     if config.is_file() and isinstance(values := read_json(config, "model config"), dict) and "spd_plan" in values:
         if planned is not None or adapter is not None:
-            raise InputError(f"{source} carries its plan: leave --plan and --adapter out, or give the original")
+            raise InputError(f"{source} carries its plan and weights made for it: leave --plan and --adapter out")
         treated = spd.read(model_path(source), dtype=named_dtype(dtype))
+        placed: Any = treated.model
         with treated.simulate():
-            yield treated.model.eval(), load_tokenizer(source)
+            yield placed.to(device()).eval(), load_tokenizer(source)
         return
     loaded, tokenizer = load(source, dtype)
     if adapter is not None:

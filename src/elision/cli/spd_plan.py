@@ -77,7 +77,7 @@ def calibrate(
 
     paths = _plan_paths(out, ranks)
     limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing, _shares(recovered or []))
-    loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
+    loaded, tokenizer = load(model, dtype, stream=stream)
     workload = _workload(loaded, ranks, probe, alpha, beta, step_ms, step_tokens)
     batches, apart = _texts(loaded, tokenizer, text, held_out, rows, tokens)
     if workload is not None and (reason := workload.refusal()):
@@ -167,7 +167,7 @@ def heal(
         if path is not None and path.resolve().is_relative_to(out.resolve()):  # the checkpoint replaces all in there
             raise InputError(f"{name} {path} is inside of --out {out}, which is written as a whole: put it beside it")
     check_replaceable(out)
-    loaded, tokenizer = load(model, dtype, stream=stream, device=_device())
+    loaded, tokenizer = load(model, dtype, stream=stream)
     batches, apart = _texts(loaded, tokenizer, text, held_out, rows, tokens)
     place = out.resolve()  # links and ".." have other neighbours, or none
     state = place.with_name(f".{place.name}.healing")
@@ -198,13 +198,6 @@ def _plan_paths(out: Path, ranks: list[int]) -> list[Path]:
         if path.is_dir():
             raise InputError(f"out {path} is a directory: remove it, or give --out another name")
     return paths
-
-
-def _device() -> str:
-    """The GPU where there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _texts(
