@@ -471,3 +471,11 @@ def test_sparse_outputs_beside_dense_rows_take_the_reference(kept: str) -> None:
             losses.append(tiny.loss_of(model, **batch).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
     assert "reference (sparse output tokens beside dense rows that are not left out)" in handle.paths
+
+
+@pytest.mark.parametrize("path", ["reference", "auto"])
+def test_replicas_of_data_parallel_are_refused(path: Any) -> None:
+    """nn.DataParallel would run them in threads, on one handle, and through the original's forward."""
+    model = tiny.lora()
+    with sparsify(model, tiny.plan(model), path=path), pytest.raises(InputError, match=r"nn\.DataParallel, as Trainer"):
+        model.get_base_model()._replicate_for_data_parallel()(**tiny.batch())

@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from elision import blocks
 from elision.errors import InputError
@@ -221,48 +220,6 @@ def test_context_rows_compute_kept_channels_only(monkeypatch: pytest.MonkeyPatch
     with sparsify(model, tiny.plan(model, 0.75), path="fast"):
         model(**inputs)
     assert widths == [(6, 10), (5, 40), (5, 40)]  # context, dense; in the last block loss-bearing tokens only
-
-
-class Watch(TorchDispatchMode):
-    """What a device would have to be waited for: reading a value, counting by a mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put_", "index_put", "_index_put_impl_") and any(
-            isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]
-        )
-        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique_consecutive"):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("selection", ["svd", "oracle"])
-def test_the_step_waits_for_no_device(selection: Any) -> None:
-    model, inputs = tiny.lora(), turns()
-    for path in ("fast", "reference"):
-        with sparsify(model, tiny.plan(model, 0.6, selection=selection), path=path) as handle:
-            if path == "fast":
-                assert handle._fast is not None
-                right = handle._fast.forward
-                watch = Watch()
-
-                def watched(*args: Any, right: Any = right, watch: Watch = watch) -> Any:
-                    with watch:
-                        output = right(*args)
-                        output.loss.backward()
-                    return output
-
-                handle._fast.forward = watched  # type: ignore[method-assign]
-                model(**inputs)
-                assert watch.seen == []
-            else:
-                with Watch() as watch:  # it does see the reference's
-                    model(**inputs)
-                assert watch.seen
 
 
 def test_low_precision_errs_no_more_than_plain_pytorch() -> None:

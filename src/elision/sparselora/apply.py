@@ -52,7 +52,7 @@ from elision.sparselora.plan import ModelFacts, SparsityPlan
 from elision.sparselora.reference import ABSENT, MaskedLinear, masked
 from elision.sparselora.rows import Elisions, arrange, between
 from elision.sparselora.standin import StandIn, eagerly
-from elision.sparselora.tokens import TokenKinds
+from elision.sparselora.tokens import Given, TokenKinds
 from elision.sparselora.trainers import LABELS, announce, schedule
 
 _ARGUMENT = "elision_sparse_batch"
@@ -287,6 +287,13 @@ class SparseHandle:
         return self._fast.forward(step) if name == "model" else self._fast.hidden(step)
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if getattr(
+            model, "_is_replica", False
+        ):  # threads would share this handle, and a forward that is the original's
+            raise InputError(
+                "model runs in nn.DataParallel, as Trainer has it where it sees several GPUs: start one process a GPU "
+                "with torchrun, or show it one GPU, CUDA_VISIBLE_DEVICES=0"
+            )
         return eagerly(self._decided, model, args, kwargs)  # a graph would keep the first batch's decision
 
     def _decided(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -299,22 +306,23 @@ class SparseHandle:
         call.pop("self")
         labels = call.pop(LABELS, None)
         labels = labels if call.get("labels") is None else call["labels"]
-        kinds, rows, reason = self._decide(model, call, labels)
+        given = None if labels is None else Given(labels, call.get("attention_mask"), call.get("position_ids"))
+        kinds, rows, reason = self._decide(model, call, labels, given)
         self.forwards[f"dense ({reason})" if rows is None else "sparse"] += 1
         if rows is not None:
             self._batch = self._latest = SparseBatch(rows, self.draws, dict(self._held or {}))
             self.draws += 1
-        if kinds is not None and self._path != "reference":
-            self._route(call, labels.cpu(), kinds, rows)
+        if given is not None and kinds is not None and self._path != "reference":
+            self._route(call, given, kinds, rows)
         return args, {name: value for name, value in kwargs.items() if name != LABELS}
 
-    def _route(self, call: dict[str, Any], labels: Tensor, kinds: TokenKinds, rows: Tensor | None) -> None:
+    def _route(self, call: dict[str, Any], given: Given, kinds: TokenKinds, rows: Tensor | None) -> None:
         """Set the fast step of a training forward, or name why there is none."""
         assert self._fast is not None
         elisions, inside = self._fast.elisions, call.get("labels") is not None
         if not inside:
             elisions = replace(elisions, logits=False).effective()
-        at, obstacle = self._obstacle(call, labels)
+        at, obstacle = self._obstacle(call, given)
         if obstacle is None and rows is not None and between(kinds, rows, elisions):
             obstacle = "sparse output tokens beside dense rows that are not left out"
         if obstacle is not None:
@@ -323,11 +331,11 @@ class SparseHandle:
             self._count(f"reference ({obstacle})")
             return
         self._count("fast" if inside else "fast, with all logits (no labels in the call)")
-        mask, positions = (None if call.get(n) is None else call[n].cpu() for n in ("attention_mask", "position_ids"))
-        arranged = arrange(kinds, labels, mask, positions, rows, elisions)
-        self._step = at, Step(call, arranged, self._batch, elisions, (labels.shape[0], labels.shape[1]))
+        arranged = arrange(kinds, *given.on_cpu, rows, elisions)
+        batch, sequence = kinds.dense.shape
+        self._step = at, Step(call, arranged, self._batch, elisions, (batch, sequence))
 
-    def _obstacle(self, call: dict[str, Any], labels: Tensor) -> tuple[str, str | None]:
+    def _obstacle(self, call: dict[str, Any], given: Given) -> tuple[str, str | None]:
         """At which forward this training forward is computed, and why it takes the reference; None: it does not."""
         assert self._fast is not None
         model = self._standins.get("model")
@@ -338,7 +346,7 @@ class SparseHandle:
             return at, f"a replaced forward of {'the model' if at == 'model' else 'its stack'}"
         if at == "stack" and call.get("fused_lm_head") is not True:  # TRL's, which reads what bears the loss
             return at, "a replaced forward of the model"
-        return at, self._fast.obstacle(call, labels)
+        return at, self._fast.obstacle(call, given)
 
     def _count(self, path: str) -> None:
         self.paths[path] += 1
@@ -368,7 +376,7 @@ class SparseHandle:
             )
 
     def _decide(
-        self, model: nn.Module, call: dict[str, Any], labels: Tensor | None
+        self, model: nn.Module, call: dict[str, Any], labels: Tensor | None, given: Given | None
     ) -> tuple[TokenKinds | None, Tensor | None, str]:
         """Kinds of the tokens of a training forward with a loss (None: it is none), mask of its sparse tokens
         (batch, sequence), and where that is None the reason why this forward is dense; on the CPU.
@@ -376,7 +384,7 @@ class SparseHandle:
         if not model.training:
             return None, None, "eval mode"
         check_whole(self._view)  # Trainer partitions after `sparsify`, before its first step
-        if labels is None:
+        if labels is None or given is None:
             if torch.is_grad_enabled() and self._done is not None:
                 self._warn_unlabelled()
             return None, None, "no labels in the call"
@@ -393,8 +401,7 @@ class SparseHandle:
             self._trained |= active
         elif not active <= self._trained:  # a copy of the first adapter, say, that DPO compares with
             return None, None, "an adapter that is not trained"
-        given = [labels, *(call.get(name) for name in ("attention_mask", "position_ids"))]
-        kinds = tokens.classify(*(None if tensor is None else tensor.cpu() for tensor in given))  # type: ignore[arg-type]
+        kinds = tokens.classify(*given.on_cpu)
         if not bool(kinds.loss_bearing.any()):
             return None, None, "no label to predict"
         if self._done is None and self.plan.dense_steps > 0:

@@ -20,6 +20,7 @@ from elision.blocks import Block
 from elision.sparselora import estimator, select
 from elision.sparselora.factors import SCORED, Factors, estimated
 from elision.sparselora.plan import PART_OF, PROJECTIONS, Part, SparsityPlan
+from elision.sparselora.rows import sent
 
 Kept = dict[tuple[int, str], Tensor]  # (layer, projection) to the channels kept, ascending
 
@@ -36,10 +37,22 @@ class SparseBatch:
         self.number = number
         self.kept: Kept = {} if kept is None else kept
         self.opened = False
+        self._sent: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def rows_for(self, x: Tensor) -> Tensor:
         """`rows` in the leading shape and on the device of an activation (..., channels)."""
-        return self.rows.reshape(x.shape[:-1]).to(x.device)
+        return self._on(x.device)[0].reshape(x.shape[:-1])
+
+    def sparse(self, x: Tensor) -> Tensor:
+        """(T, channels): the sparse rows of an activation; by number, for a mask has to be counted where x is."""
+        return x.flatten(0, -2).index_select(0, self._on(x.device)[1])
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The mask and the numbers of the sparse rows, sent to each device once."""
+        if device not in self._sent:
+            numbers = self.rows.flatten().nonzero().squeeze(1)
+            self._sent[device] = sent(self.rows, device), sent(numbers, device)
+        return self._sent[device]
 
 
 class BlockChoices:
@@ -59,7 +72,7 @@ class BlockChoices:
         """
         batch = self.batch
         assert batch is not None
-        return self.kept_in(batch, name, lambda: x[batch.rows_for(x)])
+        return self.kept_in(batch, name, lambda: batch.sparse(x))
 
     @torch.no_grad()
     def kept_in(self, batch: SparseBatch, name: str, rows: Callable[[], Tensor]) -> Tensor:
@@ -94,7 +107,7 @@ class BlockChoices:
             channels = block.intermediate_size if part == "ffn" else block.kv_heads * block.head_dim
             seed = hashlib.sha256(f"{self.plan.seed} {number} {block.index} {part}".encode()).digest()[:7]
             generator = torch.Generator().manual_seed(int.from_bytes(seed))
-            return torch.rand(channels, generator=generator).to(x.device)
+            return sent(torch.rand(channels, generator=generator), x.device)
         if self.plan.selection == "weights":
             return self._weight_scores(part)
         x = estimator.sample(x, tokens_read(self.plan, part))

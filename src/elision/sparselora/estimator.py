@@ -83,22 +83,30 @@ class Exact:
         return _accumulated_norms(x, self)
 
 
-@dataclass(frozen=True)
+@dataclass
 class LowRank:
-    """X A' B' + bias. `b` is (out, k), `a` (k, in); `bias` is called for (out,) or None, when needed."""
+    """X A' B' + bias. `b` is (out, k), `a` (k, in); `bias` is called for (out,) or None, when needed.
+
+    The factors stay where they were last read: a model may be moved after they were made, by a Trainer say.
+    """
 
     b: Tensor
     a: Tensor
     bias: Callable[[], Tensor | None]
 
     def __call__(self, x: Tensor) -> Tensor:
-        x, bias = _at_least_single(x), self.bias()
-        product = x @ self.a.to(x).T @ self.b.to(x).T
+        x, bias = self._beside(x), self.bias()
+        product = x @ self.a.T @ self.b.T
         return product if bias is None else product + bias.to(x)
 
     def norms(self, x: Tensor) -> Tensor:
-        x, bias = _at_least_single(x), self.bias()
-        return low_rank_norms(x, self.b.to(x), self.a.to(x), None if bias is None else bias.to(x))
+        x, bias = self._beside(x), self.bias()
+        return low_rank_norms(x, self.b, self.a, None if bias is None else bias.to(x))
+
+    def _beside(self, x: Tensor) -> Tensor:
+        x = _at_least_single(x)
+        self.b, self.a = self.b.to(x), self.a.to(x)
+        return x
 
 
 def low_rank_norms(

@@ -35,7 +35,8 @@ from elision.sparselora.linear import Choose, linear_residual, norm_linear
 from elision.sparselora.mlp import MLP, mlp_residual
 from elision.sparselora.norms import Norm
 from elision.sparselora.obstacles import call_obstacle, hooked, model_obstacle, product_dtype, row_dtype
-from elision.sparselora.rows import Elisions, Rows
+from elision.sparselora.rows import Elisions, Rows, sent
+from elision.sparselora.tokens import Given
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ class Fast:
         self.own = own
         self.layout = Layout(view.blocks)
 
-    def obstacle(self, call: dict[str, Any] | None = None, labels: Tensor | None = None) -> str | None:
+    def obstacle(self, call: dict[str, Any] | None = None, given: Given | None = None) -> str | None:
         """Why the model as it is now, or this call of it, takes the reference; None: it does not."""
         return model_obstacle(self.model, self.view, self.own) or (
-            call_obstacle(call, labels, self.view) if call is not None and labels is not None else None
+            call_obstacle(call, given, self.view) if call is not None and given is not None else None
         )
 
     def remove(self) -> None:
@@ -130,7 +131,7 @@ class Fast:
             if positions is None:
                 mask = torch.ones(step.shape, dtype=torch.long, device=h.device) if mask is None else mask
                 positions = (mask.cumsum(dim=1) * mask - 1).long()
-            positions = positions.expand(step.shape).flatten().index_select(0, rows.order)
+            positions = sent(positions.expand(step.shape).flatten(), h.device).index_select(0, rows.order)
             h = h + stack.embed_positions(mask, 0, position_ids=positions[None])[0]
         multiplier = getattr(view.config, "embedding_multiplier", 1.0)
         return h if multiplier == 1.0 else h * multiplier
@@ -145,6 +146,7 @@ class Fast:
         sequence, positions = step.shape[1], step.call.get("position_ids")
         if positions is None:
             positions = torch.arange(sequence, device=h.device)[None]
+        positions = sent(positions, h.device)
         place = rows.order if len(positions) > 1 else rows.order % sequence
         by_type = hasattr(stack.rotary_emb, "layer_types")
         types = view.config.layer_types if by_type else [None] * len(view.blocks)

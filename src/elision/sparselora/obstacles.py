@@ -21,6 +21,7 @@ from elision.blocks import Block, Decoder, Projection, quantised
 from elision.sparselora import tokens
 from elision.sparselora.adapters import DORA, active, dropout, variants
 from elision.sparselora.reference import MaskedLinear
+from elision.sparselora.tokens import Given
 
 _READ = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch"}
 # What position_ids say too, for attention functions that read no masks: transformers' SDPA function ignores it.
@@ -84,20 +85,19 @@ def product_dtype(view: Decoder) -> torch.dtype:
     return torch.get_autocast_dtype(device) if lower else dtype
 
 
-def call_obstacle(call: dict[str, Any], labels: Tensor, view: Decoder) -> str | None:
-    """Why this call takes the reference; None: it does not. `labels`, on the CPU, tell its tokens apart."""
+def call_obstacle(call: dict[str, Any], given: Given, view: Decoder) -> str | None:
+    """Why this call takes the reference; None: it does not. `given` tells its tokens apart."""
     for name, value in call.items():
         if name not in _READ and value is not None and not any(value is v for v in _HARMLESS.get(name, (False,))):
             return f"{name} in the call"
-    mask = call.get("attention_mask")
+    labels, mask, positions = given.on_cpu
     target = labels[:, 1:] != tokens.IGNORED
     if mask is not None:
-        real = mask.cpu() != 0
+        real = mask != 0
         if bool((target & ~(real[:, 1:] & real[:, :-1])).any()):
             return "a target at or after a masked position"
-    positions = call.get("position_ids")
     if positions is not None:
-        segment = tokens.segments(labels, mask, positions.cpu())
+        segment = tokens.segments(labels, mask, positions)
         if not view.family.rotary and bool((segment > 0).any()):
             return "packed rows, which this family's attention does not tell apart"
         if bool((target & (segment[:, 1:] != segment[:, :-1])).any()):

@@ -5,9 +5,11 @@ A batch (batch, sequence) becomes T rows, once, on the CPU, before the model run
     [ sparse (context) | dense, not loss-bearing | loss-bearing ]
 
 so that what is pruned, what needs a query in the last block and what needs logits are runs of rows, known by Python
-integers: nothing in forward or backward asks a tensor for a count. Only attention needs the sequence order. There
-rows go to a grid of (segments, longest segment), real tokens first: attention is causal, so what stands behind the
-last real token of a segment is seen by none of them, and no mask is needed (but for sliding windows).
+integers: nothing in forward or backward asks a tensor for a count. Where labels, mask and position ids lie on a GPU
+they are fetched together first, the one time that the host waits; where they were left on the CPU it never does. Only
+attention needs the sequence order. There rows go to a grid of (segments, longest segment), real tokens first: attention
+is causal, so what stands behind the last real token of a segment is seen by none of them, and no mask is needed (but
+for sliding windows).
 
 What may be left out without changing the loss (each a switch of `Elisions`):
 
@@ -80,8 +82,20 @@ class Rows:
         return replace(self, slots=slots, grid=grid, columns=columns, length=length, first=0)
 
     def to(self, device: torch.device) -> Rows:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        """On `device`, all in one transfer."""
+        found = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        packed = sent(torch.cat([value.flatten() for value in found.values()]), device)
+        parts = iter(packed.split([value.numel() for value in found.values()]))
+        return replace(self, **{name: next(parts).view(value.shape) for name, value in found.items()})
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; to a GPU out of pinned memory, so that the host does not wait for what the GPU has to do
+    before it gets to the copy.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _left_out(kinds: TokenKinds, elisions: Elisions) -> Tensor:

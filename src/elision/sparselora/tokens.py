@@ -22,7 +22,9 @@ before one, is dense and not padding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,6 +53,31 @@ class TokenKinds:
     def padding(self) -> Tensor:
         """Neither context nor dense."""
         return ~(self.context | self.dense)
+
+
+class Given:
+    """What of a call tells its tokens apart, brought to the CPU when it is first asked for, by one transfer."""
+
+    def __init__(self, labels: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        self._tensors = (labels, attention_mask, position_ids)
+
+    @cached_property
+    def on_cpu(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Labels, mask and position ids."""
+        labels, mask, positions = _fetched(self._tensors)
+        assert labels is not None
+        return labels, mask, positions
+
+
+def _fetched(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`tensors` on the CPU. Each transfer of its own would be one more wait for the device: integers go together."""
+    away = [tensor for tensor in tensors if tensor is not None and tensor.device.type != "cpu"]
+    if len({tensor.device for tensor in away}) != 1 or any(tensor.is_floating_point() for tensor in away):
+        return [None if tensor is None else tensor.cpu() for tensor in tensors]
+    packed = torch.cat([tensor.flatten().long() for tensor in away]).cpu()
+    parts = iter(packed.split([tensor.numel() for tensor in away]))
+    here = {id(tensor): next(parts).view(tensor.shape) for tensor in away}
+    return [None if tensor is None else here.get(id(tensor), tensor) for tensor in tensors]
 
 
 def classify(labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> TokenKinds:

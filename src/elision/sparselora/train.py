@@ -144,6 +144,8 @@ def train(
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=False,
     )
+    _ = arguments.device  # which counts the GPUs
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of several, Trainer would make nn.DataParallel, which shares a handle
     handle = None if plan is None else sparsify(model, plan, factors)
 
     def batch(chosen: list[dict[str, list[int]]]) -> dict[str, Tensor]:
