@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from elision import evaluate, reference_model
+from elision import evaluate, reference_model, runs
 from elision.cli import app
 from elision.data import text_batches
 from elision.errors import InputError
@@ -138,6 +138,16 @@ def test_train_then_eval_with_the_adapter(tmp_path: Path, text: Path) -> None:
     assert not (tmp_path / "adapter.training").exists()
     code, said, _ = run("eval", "reference", "--text", text, "--adapter", out, "--rows", 2, "--tokens", 32)
     assert code == 0 and said.startswith("perplexity on text: ")
+    scored = ["eval", "reference", "--text", text, "--adapter", out, "--rows", 2, "--tokens", 32, "--json"]
+    scored += ["--run", tmp_path / "run"]
+    code, said, _ = run(*scored, "--against", out)
+    perplexity, kl, _ = json.loads(said)["scores"]
+    assert code == 0 and perplexity["baseline"] == perplexity["value"] and kl["value"] == 0.0
+    weights, before = load_file(out / "adapter_model.safetensors"), runs.contents({"against": str(out)})
+    save_file({name: 2 * value for name, value in weights.items()}, out / "adapter_model.safetensors")
+    assert runs.contents({"against": str(out)}) != before
+    code, _, error = run(*scored, "--against", out)
+    assert code == 2 and "was begun with what --adapter held then" in error
 
 
 def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:

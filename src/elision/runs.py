@@ -32,7 +32,7 @@ from elision import files
 from elision.errors import InputError
 
 PACKAGES = ("torch", "transformers", "peft")
-INPUTS = {"plan", "data", "text", "held-out", "adapter"}  # options that name files to be read
+INPUTS = {"plan", "data", "text", "held-out", "adapter", "against"}  # options that name files to be read
 
 
 class Run:
@@ -146,7 +146,9 @@ def contents(options: Mapping[str, Any]) -> dict[str, str]:
         digest = hashlib.sha256()
         for path in (Path(str(each)) for each in given if each is not None):
             # An adapter to be read is a directory; one that is a file is written.
-            for file in sorted(path.glob("adapter_*")) if name == "adapter" else [path] if path.is_file() else []:
+            for file in (
+                sorted(path.glob("adapter_*")) if name in ("adapter", "against") else [path] if path.is_file() else []
+            ):
                 with file.open("rb") as opened:
                     digest.update(hashlib.file_digest(opened, "sha256").digest())
         found[name] = digest.hexdigest()[:16]

@@ -28,6 +28,7 @@ from elision.errors import InputError
 if TYPE_CHECKING:
     from elision.evaluate import Interval
 
+ADAPTER = "adapter_config.json"  # PEFT's
 SAMPLE = 100_000  # characters of a text on which two tokenizers are compared
 
 
@@ -44,7 +45,8 @@ def evaluate(
     plan: Annotated[Path | None, typer.Option(help="SPD plan: score what its ranks would compute.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="PEFT adapter to merge into the model first.")] = None,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Baseline of the paired tests; by default MODEL, if changed.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Baseline, or another adapter of MODEL; by default MODEL, if changed."),
     ] = None,
     rows: Rows = 32,
     tokens: Tokens = 512,
@@ -70,6 +72,7 @@ def evaluate(
       elision eval reference --text notes.txt
       elision eval reference --text notes.txt --plan plan.json
       elision eval reference --adapter adapter --data test.jsonl --answer-tokens 64
+      elision eval reference --adapter sparse --against lora --data test.jsonl
       elision eval reference --plan plan.json --tasks elision_word_problems --limit 200
     """
     from elision import evaluate
@@ -150,7 +153,9 @@ def _baseline(
     if against is None and plan is None and adapter is None:
         yield None, None
         return
-    with _changed(against or source, None, None, dtype) as found:
+    other = None if against is None else Path(against).expanduser()
+    adapted = other is not None and (other / ADAPTER).is_file() and not (other / "config.json").is_file()
+    with _changed(source, None, other, dtype) if adapted else _changed(against or source, None, None, dtype) as found:
         yield found
 
 

@@ -61,7 +61,8 @@ class Forecast:
                 f"than dense training; the fast path would need {self.flops['full']:.0%} of dense LoRA's operations"
             )
         return (
-            f"expect at most {self.speedup:.2f}x over dense LoRA: {self.flops['full']:.0%} of its operations "
+            f"expect at most {self.speedup:.2f}x over dense LoRA that computes no padding and no unread logits either: "
+            f"{self.flops['full']:.0%} of its operations "
             f"({self.flops['half']:.0%} with causal attention, {self.flops['full, without head']:.0%} without the "
             f"output head); {self.output_share:.0%} of the tokens are outputs and stay dense"
         )
