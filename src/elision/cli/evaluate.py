@@ -132,7 +132,7 @@ def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -
     config = Path(model_path(source)) / "config.json"
     if config.is_file() and isinstance(values := read_json(config, "model config"), dict) and "spd_plan" in values:
         if planned is not None or adapter is not None:
-            raise InputError(f"{source} carries its plan and weights made for it: leave --plan and --adapter out")
+            raise InputError(f"{source} carries its plan: leave --plan and --adapter out, or give the original")
         treated = spd.read(model_path(source), dtype=named_dtype(dtype))
         placed: Any = treated.model
         with treated.simulate():

@@ -55,7 +55,8 @@ def save_adapter(model: nn.Module, plan: SyncPlan, path: str | Path) -> Path:
         lowrank = lowrank_of(block)
         if lowrank is None:
             raise InputError(
-                f"block {index} was healed in full: save the whole model, or heal with Recipe(lora=8) for an adapter"
+                f"block {index} has no low-rank factors, for it was healed in full or comes from a checkpoint, where "
+                "they are merged: save the whole model, or heal with Recipe(lora=8) for an adapter"
             )
         with resident(block.layer):
             tensors |= {f"{index}.{name}": tensor for name, tensor in lowrank.state_dict().items()}
