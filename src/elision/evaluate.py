@@ -231,7 +231,7 @@ def answers(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [""] * len(prompts)
     end = tokenizer.eos_token_id
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0)
     with evaluating(model):
         for first in range(0, len(prompts), rows):
             chosen = by_length[first : first + rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,16 +16,20 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from elision import reference_model
 from elision.cli import app
 from elision.errors import InputError
+from elision.evaluate import answers
 from elision.loading import load_model, load_tokenizer
 from elision.spd import SyncPlan, simulate
 from elision.spd.runtimes import latency, tasks
+from elision.spd.runtimes import transformers as runtime
 from elision.spd.runtimes.latency import Workload
 from elision.spd.runtimes.launch import launch
 from elision.spd.runtimes.ranks import RankLostError
 from tests.spd import launched
 from tests.spd.served import checkpoint
+from tests.spd.tiny import VOCABULARY
 
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -71,6 +76,38 @@ def test_a_healed_checkpoint_raises_no_false_alarm(tmp_path, caplog, monkeypatch
     other = CliRunner().invoke(app, [*map(str, words), "--ranks", "4"])
     said = f"error: --ranks 4 is given, but {place} carries a plan for 2 ranks and serves only under it: leave it out\n"
     assert (other.exit_code, other.stderr) == (2, said)
+
+
+def test_prompts_outside_the_vocabulary_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("elision.spd.runtimes.launch.launch", None)
+    place = checkpoint(tmp_path / "model", "llama", SyncPlan(2, (0,)), **SIZES)
+    tokenizer = load_tokenizer("reference")
+    tokenizer.save_pretrained(place)
+    token = max(tokenizer.encode("def main("))
+    found = CliRunner().invoke(app, ["spd", "generate", place, "--prompt", "def main("])
+    assert found.exit_code == 2 and found.stderr.startswith("error: the prompts have token ")
+    assert token >= VOCABULARY and f"the model's vocabulary has {VOCABULARY}: tokenize with" in found.stderr
+    one = checkpoint(tmp_path / "one", "llama", SyncPlan(1))
+    with pytest.raises(InputError, match=f"the inputs have token {token}, the model's vocabulary has {VOCABULARY}"):
+        runtime.generate(runtime.load(one), torch.tensor([[token]]), max_new_tokens=1)
+
+
+def test_prompts_are_padded_where_the_tokenizer_names_no_token_for_that(tmp_path, monkeypatch):
+    place = tmp_path / "model"
+    shutil.copytree(reference_model.PATH, place)
+    settings = json.loads((place / "tokenizer_config.json").read_text())
+    kept = {name: value for name, value in settings.items() if name not in ("pad_token", "eos_token")}
+    (place / "tokenizer_config.json").write_text(json.dumps(kept))
+    seen = []
+    answered = torch.ones(2, 9, dtype=torch.int64)
+    monkeypatch.setattr("elision.spd.runtimes.launch.launch", lambda *given: seen.append(given[4]) or answered)
+    words = ["--prompt", "def main(", "--prompt", "def", "--ranks", "2"]
+    result = CliRunner().invoke(app, ["spd", "generate", str(place), *words])
+    assert result.exit_code == 0, result.stderr
+    assert seen[0]["attention_mask"].sum(1).tolist() == [len(load_tokenizer(place).encode(p)) for p in words[1:4:2]]
+    model, tokenizer = load_model(str(place))
+    whole = answers(model, load_tokenizer("reference"), ["def main(", "def"], 4)
+    assert answers(model, tokenizer, ["def main(", "def"], 4) == whole
 
 
 def test_a_process_of_torchrun_is_a_rank_and_starts_no_other(monkeypatch):

@@ -74,8 +74,8 @@ def generate(
     config, chosen = _plan(model, plan, ranks, dtype)
     tokenizer = load_tokenizer(model)
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:  # any will do, for it is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     given = tokenizer(prompt, return_tensors="pt", padding=True)
     for text, real in zip(prompt, given["attention_mask"], strict=True):
         if not real.any():

@@ -35,6 +35,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from elision.blocks import Block, Projection, decoder, load_config, model_path
 from elision.errors import InputError
+from elision.evaluate import check_tokens
 from elision.families import attention_shape, family_of, intermediate_size
 from elision.spd.block import LocalBlock, add_residual, mlp_share, plain_block, shard, span, spd_block
 from elision.spd.corrections import NAME as CORRECTION
@@ -120,6 +121,7 @@ def generate(model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], **op
         Token ids (batch, sequence), the same on every rank.
 
     Raises:
+        InputError: a token outside the vocabulary, which ranks with a part of the embeddings each take for zeros.
         RankLostError: another rank died or failed meanwhile.
     """
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
@@ -129,6 +131,7 @@ def generate(model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], **op
             # Not under the limit of an all-reduce: rank 0 of a server comes here when somebody asks for something.
             given, options, seed = ranks.from_first((given, options, seed), getattr(model, _IDLE))
             torch.manual_seed(seed)
+        check_tokens(model.config.get_text_config().vocab_size, given["input_ids"].flatten().tolist(), "the inputs")
         run: Any = model.generate
         return run(**{name: value.to(model.device) for name, value in given.items()}, **options)
 
