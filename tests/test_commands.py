@@ -19,9 +19,10 @@ from elision import evaluate, reference_model, runs
 from elision.cli import app
 from elision.data import text_batches
 from elision.errors import InputError
-from elision.loading import load_tokenizer
+from elision.families import load_config
+from elision.loading import load_model, load_tokenizer
 from elision.sparselora import SparsityPlan
-from elision.spd import SyncPlan, load, load_adapter, read_plan
+from elision.spd import SyncPlan, load, load_adapter, read_plan, save
 from tests.spd.tiny import tiny
 
 TRAIN = ["sparselora", "train", "reference", "--sparsity", "0.5"]
@@ -443,6 +444,18 @@ def test_a_directory_where_a_file_is_to_be_is_refused_before_anything_is_done(tm
     with pytest.raises(InputError, match="is a directory"):
         SyncPlan(4).save(tmp_path)
     assert sorted(tmp_path.iterdir()) == [plan]
+
+
+def test_a_hugging_face_id_is_scored_under_the_plan_that_it_carries(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_model("reference")
+    place = save(model, SyncPlan(4, tuple(range(12))), tmp_path / "model", tokenizer)
+    config = load_config(place)
+    monkeypatch.setattr("elision.families.load_config", lambda source: config)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", {"org/name": str(place)}.__getitem__)
+    found = [run("eval", name, "--text", text, *SMALL, "--json") for name in ("org/name", place)]
+    assert found[0][:2] == found[1][:2] and found[0][0] == 0
 
 
 def test_a_home_directory_is_spelt_out(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

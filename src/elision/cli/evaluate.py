@@ -119,8 +119,10 @@ def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -
     """The model to be scored with its tokenizer: merged, simulated, or a checkpoint with the plan that it carries."""
     from contextlib import nullcontext
 
+    from huggingface_hub import snapshot_download
+
     from elision import spd
-    from elision.families import model_path
+    from elision.families import load_config, model_path
     from elision.files import read_json
     from elision.loading import load_adapter, load_tokenizer, named_dtype
 
@@ -129,14 +131,17 @@ def _changed(source: str, plan: Path | None, adapter: Path | None, dtype: str) -
         raise InputError(
             f"plan {plan} is of a healed checkpoint, whose weights belong to it: give that, without --plan"
         )
-    config = Path(model_path(source)) / "config.json"
+    directory = Path(model_path(source))
+    if not directory.is_dir() and hasattr(load_config(source), "spd_plan"):
+        directory = Path(snapshot_download(source))
+    config = directory / "config.json"
     if config.is_file() and isinstance(values := read_json(config, "model config"), dict) and "spd_plan" in values:
         if planned is not None or adapter is not None:
             raise InputError(f"{source} carries its plan: leave --plan and --adapter out, or give the original")
-        treated = spd.read(model_path(source), dtype=named_dtype(dtype))
+        treated = spd.read(directory, dtype=named_dtype(dtype))
         placed: Any = treated.model
         with treated.simulate():
-            yield placed.to(device()).eval(), load_tokenizer(source)
+            yield placed.to(device()).eval(), load_tokenizer(str(directory))
         return
     loaded, tokenizer = load(source, dtype)
     if adapter is not None:
