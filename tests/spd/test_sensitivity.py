@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from elision import InputError, evaluate
-from elision.spd import SyncPlan, calibrate, curve, heal, sensitivity, simulate, streams
+from elision.spd import Recipe, SyncPlan, calibrate, curve, heal, scores, sensitivity, simulate, streams
 from tests.spd.tiny import VOCABULARY, bits, left_padded, tiny, token_ids
 
 DATA = [left_padded(), {"input_ids": token_ids(3, 7, seed=2)}]
@@ -276,6 +276,12 @@ class TestRefusals:
     def test_an_order_that_is_not_of_this_model(self):
         with pytest.raises(InputError, match="dropped block 3 does not exist"):
             curve(tiny("llama"), DATA, 3, (0, 3), quiet=True)
+
+    @pytest.mark.parametrize("measured", [sensitivity, scores, partial(curve, order=(0,)), calibrate])
+    def test_a_healed_model_without_its_plan(self, measured):
+        healed = heal(tiny("llama"), SyncPlan(3, (1,)), DATA, recipe=Recipe(epochs=1), quiet=True)
+        with pytest.raises(InputError, match=r"model has blocks \[1\] healed or regrouped already: load the original"):
+            measured(healed.model, DATA, ranks=3, quiet=True)
 
     def test_a_model_that_is_under_simulation(self):
         model = tiny("llama")

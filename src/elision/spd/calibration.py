@@ -30,7 +30,7 @@ from elision.spd.planner import RECOVERED, Workload, choose, options, recoveries
 from elision.spd.proxies import Method, all_scores
 from elision.spd.sensitivity import ascending, covered_by_all, curves
 from elision.spd.simulate import facts
-from elision.spd.streams import IGNORED, Batch, Quality, check_batches, check_weights, measure, next_tokens
+from elision.spd.streams import IGNORED, Batch, Quality, check_batches, measure, next_tokens
 
 DEFAULT_LOSS = 0.01
 TRIES = 8  # plans measured at most before a mixed one is given up
@@ -194,7 +194,6 @@ def calibrations(
     """`calibrate` for several numbers of ranks, measured together: what does not depend on them is computed once."""
     limit, several = limit or Limit(), tuple(ranks)
     view = covered_by_all(model, several)
-    check_weights(view)
     if workload is not None:
         _check_workload(workload, view, several, limit)
     data = check_batches(batches, view.config)

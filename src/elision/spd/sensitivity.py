@@ -22,7 +22,7 @@ from elision.blocks import Decoder
 from elision.errors import InputError
 from elision.spd.plan import SyncPlan
 from elision.spd.simulate import covered, facts
-from elision.spd.streams import Batch, Quality, check_batches, measure
+from elision.spd.streams import Batch, Quality, check_batches, check_weights, measure
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def sensitivity(
         quiet: show no progress bar.
 
     Raises:
-        InputError: a model or `ranks` that SPD's maths does not cover, or data without a token to score.
+        InputError: a model or `ranks` that SPD's maths does not cover, one with healed or regrouped blocks, or data
+            without a token to score.
     """
     return sensitivities(model, batches, (ranks,), state=state, quiet=quiet)[0]
 
@@ -94,10 +95,16 @@ def sensitivities(
 
 
 def covered_by_all(model: nn.Module, ranks: Sequence[int]) -> Decoder:
-    """View `model`, after making sure that SPD covers it with each of `ranks`; as `simulate.covered` otherwise."""
+    """View `model`, after making sure that SPD covers it with each of `ranks` and that it is an original.
+
+    Raises:
+        InputError: as `simulate.covered`, or its blocks are healed or regrouped, so that without their plan they are
+            another model's.
+    """
     if not ranks:
         raise InputError("ranks is empty: give at least one number of tensor-parallel ranks")
     views = [covered(model, each) for each in ranks]
+    check_weights(views[0])
     return views[0]
 
 
@@ -126,7 +133,7 @@ def curve(
 
     Arguments and errors are those of `sensitivity`; also InputError where `order` is not distinct blocks of the model.
     """
-    view = covered(model, ranks)
+    view = covered_by_all(model, (ranks,))
     SyncPlan(ranks, tuple(order)).check(facts(view))
     data = check_batches(batches, view.config)
     (found,) = curves(view, data, [(ranks, order)], state, quiet, title="Perplexity along the order")
