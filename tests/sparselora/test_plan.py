@@ -32,6 +32,7 @@ def test_round_trip_is_exact_and_readable(tmp_path: Path) -> None:
 
 def test_describe_names_runs_of_layers() -> None:
     assert PLAN.describe() == "ffn 90% in 1-2 + 50% in 3; qk 25% in 2; vo dense"
+    assert replace(PLAN, ffn=(0.0, 0.783654321, 0.0, 0.5)).describe().startswith("ffn 78.37% in 1 + 50% in 3; ")
     assert PLAN.sparsity(2, "k") == 0.25 and PLAN.sparsity(3, "down") == 0.5 and PLAN.sparsity(0, "o") == 0.0
 
 

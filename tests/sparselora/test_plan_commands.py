@@ -69,6 +69,7 @@ def test_presets_and_bench(model: Path) -> None:
     values = json.loads(said)
     variants = [row["variant"] for row in values["rows"]]
     assert code == 0 and variants == ["LoRA", "dense + lossless", "sparse + lossless"]
+    assert {row["shape"] for row in values["rows"]} == {f"{model}, batch 6"}  # no more rows are there
     ideals = [row["ideal"] for row in values["rows"]]
     assert ideals[0] == 1 < ideals[1] < ideals[2] and all(row["step_ms"] > 0 for row in values["rows"])
     (model / "bench.json").write_text(said)

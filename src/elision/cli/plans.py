@@ -197,7 +197,7 @@ def bench(
     told = forecast(loaded, batches, wanted)
     with run_directory(ctx, run) as kept:
         took, allowed = measure(loaded, batches, wanted, turns, factors), ideals(loaded, batches, wanted)
-        shape, base = f"{model}, batch {batch}", took["LoRA"]
+        shape, base = f"{model}, batch {len(batches[0]['input_ids'])}", took["LoRA"]
         steps = [
             {
                 "variant": name,

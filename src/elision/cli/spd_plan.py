@@ -75,6 +75,7 @@ def calibrate(
     from elision.report import sources
     from elision.spd.calibration import Limit
 
+    ranks = list(dict.fromkeys(ranks))
     paths = _plan_paths(out, ranks)
     limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing, _shares(recovered or []))
     loaded, tokenizer = load(model, dtype, stream=stream)

@@ -320,5 +320,5 @@ def _runs(values: tuple[float, ...]) -> str:
         starts = [layer for layer in layers if layer - 1 not in layers]
         ends = [layer for layer in layers if layer + 1 not in layers]
         runs = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
-        described.append(f"{100 * value:g}% in {', '.join(runs)}")
+        described.append(f"{100 * value:.4g}% in {', '.join(runs)}")
     return " + ".join(described) or "dense"
