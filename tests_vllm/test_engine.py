@@ -16,6 +16,7 @@ from tests_vllm.engines import (
     LAYERS,
     MIXED,
     RANKS,
+    SIZES,
     adapter,
     answers,
     checkpoint,
@@ -53,6 +54,12 @@ def test_every_family_agrees_with_the_simulation(family, tmp_path):
     with engine(checkpoint(tmp_path / "model", family, MIXED)) as llm:
         check(llm, family, MIXED)
         check_syncs(llm, MIXED)
+
+
+def test_ranks_that_hold_the_same_key_value_head_agree_with_the_simulation(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "num_key_value_heads", 1)
+    with engine(checkpoint(tmp_path / "model", "llama", MIXED)) as llm:
+        check(llm, "llama", MIXED)
 
 
 def test_compiled_and_with_prompts_cut_into_chunks_it_is_the_same(tmp_path):
