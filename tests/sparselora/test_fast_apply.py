@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -92,6 +93,52 @@ def test_equal_to_the_reference_for_every_kind_of_batch(family: str, batch: str)
     model, inputs = tiny.lora(family), BATCHES[batch]()
     plan = tiny.plan(model, 0.6)
     assert tiny.close(run(model, inputs, "fast", plan), run(model, inputs, "reference", plan))
+
+
+def unequal() -> dict[str, Tensor]:
+    """Sequences of very different lengths in one row, one of them without a target."""
+    lengths = {2: 1, 30: 3, 4: 2, 6: 0, 12: 5, 3: 1}  # and how many of the tokens are an answer
+    ids = torch.randint(3, tiny.VOCABULARY, (1, sum(lengths)), generator=torch.Generator().manual_seed(2))
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    answers = torch.cat([torch.arange(length) >= length - answer for length, answer in lengths.items()])
+    return {"input_ids": ids, "labels": ids.where(answers, -100), "position_ids": positions[None]}
+
+
+@pytest.mark.parametrize("elisions", [Elisions(), Elisions(tail=False), Elisions.none()], ids=["all", "tail", "none"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])  # without and with windows, of all layers or some
+def test_segments_of_unequal_length_have_grids_of_their_own(
+    family: str, elisions: Elisions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "_SHORT", 1)
+    model, inputs = tiny.lora(family), unequal()
+    plan, right, seen = tiny.plan(model, 0.6), rows.arrange, []
+
+    def watched(*args: Any) -> rows.Rows:
+        seen.append(right(*args))
+        return seen[-1]
+
+    monkeypatch.setattr("elision.sparselora.apply.arrange", watched)
+    for implementation in ("eager",) if family == "gemma2" else ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        assert tiny.close(run(model, inputs, "fast", plan, elisions=elisions), run(model, inputs, "reference", plan))
+    shapes = [(grid.segments, grid.length) for grid in seen[0].grids]
+    with_tails = [(1, 30), (1, 12), (2, 6), (2, 3)]
+    assert shapes == ([(1, 29), (1, 11), (2, 3), (1, 1)] if elisions.tail else with_tails)
+
+
+def test_how_segments_share_grids() -> None:
+    def shapes(*lengths: int) -> list[tuple[int, int]]:
+        grids, starts = rows._grids(list(lengths))
+        places = sorted((start, start + length) for start, length in zip(starts, lengths, strict=True))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
+        assert grids[-1].slots.stop >= places[-1][1]
+        return [(grid.segments, grid.length) for grid in grids]
+
+    assert shapes(7) == [(1, 7)]
+    assert shapes(500, 480, 300, 260) == [(4, 500)]
+    assert shapes(10, 1, 60, 30) == [(4, 60)]  # too short to tell
+    assert shapes(20, 600, 20, 100, 20) == [(1, 600), (4, 100)]
+    assert shapes(512, 512, 512, 200) == [(4, 512)]  # not worth it
 
 
 def test_a_batch_of_outputs_alone_is_dense_by_name() -> None:

@@ -11,13 +11,13 @@ from torch.nn.functional import cross_entropy, linear, silu
 
 from elision.sparselora import linear as fast_linear
 from elision.sparselora import norms
-from elision.sparselora.attend import from_grid, rotate, to_grid
+from elision.sparselora.attend import from_grids, rotate, to_grids
 from elision.sparselora.head import head_loss
 from elision.sparselora.linear import linear_residual, norm_linear
 from elision.sparselora.mlp import MLP, mlp_residual
 from elision.sparselora.narrow import Adapters
 from elision.sparselora.norms import Norm
-from elision.sparselora.rows import Rows
+from elision.sparselora.rows import Grid, Rows
 from elision.sparselora.select import mask
 
 T, HIDDEN, INNER, RANK = 11, 8, 12, 3
@@ -175,7 +175,7 @@ def test_no_input_gradient_is_computed_where_none_is_asked_for(grad: bool, monke
 def rows_of(slots: Tensor, segments: int, length: int) -> Rows:
     grid = torch.zeros(segments * length, dtype=torch.long).index_copy_(0, slots, torch.arange(len(slots)))
     empty = torch.zeros(0, dtype=torch.long)
-    return Rows(torch.arange(len(slots)), 0, 0, empty, segments, length, grid, slots, torch.arange(length)[None])
+    return Rows(torch.arange(len(slots)), 0, 0, empty, (Grid(segments, length, 0),), grid, slots)
 
 
 @pytest.mark.parametrize("count", [6, 2], ids=["all rows", "the last rows"])
@@ -184,9 +184,9 @@ def test_grid_and_back(length: int, count: int) -> None:
     slots = torch.tensor([1, 2, length, 0, length + 2, length + 1])
     rows, x = rows_of(slots, 2, length), rand(6, 2, 5, grad=True)
     part, weights = x[-count:], rand(6, 2, 5)
-    grid = to_grid(part, rows)
+    (grid,) = to_grids(part, rows)
     assert torch.equal(grid.flatten(0, 1)[slots[-count:]], part)
-    back = from_grid(grid * 2, rows, count)
+    back = from_grids([grid * 2], rows, count)
     assert agree(back * weights[-count:], 2 * part * weights[-count:], [x])
 
 

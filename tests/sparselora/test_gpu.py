@@ -14,7 +14,7 @@ from elision.sparselora import Elisions, Factors, SparsityPlan, sparsify
 from elision.sparselora.stopwatch import measure
 from tests import gpu
 from tests.sparselora import tiny
-from tests.sparselora.test_fast_apply import BATCHES, SETTINGS, turns
+from tests.sparselora.test_fast_apply import BATCHES, SETTINGS, turns, unequal
 
 FETCH = "to the host: sparselora/tokens.py _fetched"  # labels, mask and positions, at once
 Result = tuple[Tensor, dict[str, Tensor]]
@@ -88,6 +88,14 @@ def test_nothing_is_waited_for_where_what_tells_the_tokens_apart_stays_on_the_ho
 def test_every_kind_of_batch(batch: str) -> None:
     model = tiny.lora("mistral", tiny.ATTENTION)  # with a sliding window
     expected, found, waits = on_both(model, BATCHES[batch](), tiny.plan(model, 0.6))
+    assert tiny.close(found, expected)
+    assert waits == [FETCH]
+
+
+def test_several_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elision.sparselora.rows._SHORT", 1)
+    model = tiny.lora("mistral")
+    expected, found, waits = on_both(model, unequal(), tiny.plan(model, 0.6))
     assert tiny.close(found, expected)
     assert waits == [FETCH]
 

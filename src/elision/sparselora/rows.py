@@ -9,7 +9,8 @@ integers: nothing in forward or backward asks a tensor for a count. Where labels
 they are fetched together first, the one time that the host waits; where they were left on the CPU it never does. Only
 attention needs the sequence order. There rows go to a grid of (segments, longest segment), real tokens first: attention
 is causal, so what stands behind the last real token of a segment is seen by none of them, and no mask is needed (but
-for sliding windows).
+for sliding windows). Segments of very different lengths, as packed rows have them, go to several grids, so that short
+ones are not computed at the length of the longest.
 
 What may be left out without changing the loss (each a switch of `Elisions`):
 
@@ -50,6 +51,24 @@ class Elisions:
         return self if self.logits else replace(self, tail=False, last_block=False)
 
 
+_SHORT = 64  # tokens: below, the length of a segment hardly tells in the time of attention
+_WORTH = 0.75  # several grids are taken where they have no more slots than this share of one grid's
+
+
+@dataclass(frozen=True)
+class Grid:
+    """(segments, length) of the slots, from `start` on, with a segment in each line."""
+
+    segments: int
+    length: int  # of the longest segment in it
+    start: int
+    first: int = 0  # column that no loss-bearing row stands before; the length where there is none
+
+    @property
+    def slots(self) -> slice:
+        return slice(self.start, self.start + self.segments * self.length)
+
+
 @dataclass(frozen=True)
 class Rows:
     """T rows of a batch; T = len(order). All tensors hold int64."""
@@ -58,12 +77,10 @@ class Rows:
     sparse: int  # rows [0, sparse) are computed sparsely
     bearing: int  # rows [T - bearing, T) bear the loss
     targets: Tensor  # (bearing,): the token that each of them predicts
-    segments: int
-    length: int  # of the longest segment: the grid is (segments, length)
-    grid: Tensor  # (segments * length,): row at each slot, 0 where there is none
+    grids: tuple[Grid, ...]  # one behind the other
+    grid: Tensor  # (slots,): row at each slot, 0 where there is none
     slots: Tensor  # (T,): slot of each row
-    columns: Tensor  # (1 or segments, length): place in the sequence of each slot, to measure distances by
-    first: int = 0  # column of the grid that no loss-bearing row stands before
+    columns: Tensor | None = None  # (slots,): place in the sequence, to measure distances by; None: the grid's columns
 
     @property
     def total(self) -> int:
@@ -72,14 +89,20 @@ class Rows:
     @property
     def full(self) -> bool:
         """Whether every slot of the grid has a row."""
-        return self.total == self.segments * self.length
+        return self.total == len(self.grid)
 
     def tail(self) -> Rows:
-        """The grid from column `first` on, for the rows that bear the loss."""
-        slots = self.slots // self.length * (self.length - self.first) + self.slots % self.length - self.first
-        grid = self.grid.view(self.segments, self.length)[:, self.first :].flatten()
-        columns, length = self.columns[:, self.first :], self.length - self.first
-        return replace(self, slots=slots, grid=grid, columns=columns, length=length, first=0)
+        """The grids from column `first` on, for the rows that bear the loss; other rows have no slot there."""
+        grids: list[Grid] = []
+        kept, slots = [], self.slots
+        for grid in self.grids:
+            new = Grid(grid.segments, grid.length - grid.first, grids[-1].slots.stop if grids else 0)
+            place = self.slots - grid.start
+            moved = new.start + place // grid.length * new.length + place % grid.length - grid.first
+            slots = torch.where(place >= 0, moved, slots)  # a later grid takes its own again
+            kept.append(self.grid[grid.slots].view(grid.segments, grid.length)[:, grid.first :].flatten())
+            grids.append(new)
+        return replace(self, slots=slots, grid=torch.cat(kept), grids=tuple(grids), columns=None)
 
     def to(self, device: torch.device) -> Rows:
         """On `device`, all in one transfer."""
@@ -148,28 +171,52 @@ def arrange(
     pad = kinds.padding.flatten()[position]
     in_sequence = torch.argsort(segment * 2 + pad.long(), stable=True)  # a segment's real tokens first
     lengths = torch.unique_consecutive(segment[in_sequence], return_counts=True)[1]
-    longest = int(lengths.max())
     number = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     within = torch.arange(len(position)) - (lengths.cumsum(0) - lengths)[number]
+    grids, starts = _grids(lengths.tolist())
     slot = torch.empty_like(position)
-    slot[in_sequence] = number * longest + within
+    slot[in_sequence] = torch.tensor(starts)[number] + within
     slots = slot[by_kind]
-    grid = torch.zeros(len(lengths) * longest, dtype=torch.long).index_copy_(0, slots, torch.arange(len(slots)))
+    grid = torch.zeros(grids[-1].slots.stop, dtype=torch.long).index_copy_(0, slots, torch.arange(len(slots)))
 
-    column = position[in_sequence] % sequence
-    columns = torch.arange(longest)[None]
+    column, columns = position[in_sequence] % sequence, None
     if bool((column - within != (column - within)[within == 0][number]).any()):  # masked tokens in between
-        columns = torch.zeros(len(lengths) * longest, dtype=torch.long)
-        columns = columns.index_copy_(0, slot[in_sequence], column).view(-1, longest)
+        columns = torch.zeros(len(grid), dtype=torch.long).index_copy_(0, slot[in_sequence], column)
     return Rows(
         order=order,
         sparse=int(sparse.sum()),
         bearing=bearing,
         targets=labels.flatten()[order[len(order) - bearing :] + 1],
-        segments=len(lengths),
-        length=longest,
+        grids=tuple(_with_first(each, slots[len(slots) - bearing :]) for each in grids),
         grid=grid,
         slots=slots,
         columns=columns,
-        first=int((slots[len(slots) - bearing :] % longest).min()) if bearing else 0,
     )
+
+
+def _grids(lengths: list[int]) -> tuple[list[Grid], list[int]]:
+    """Grids for segments of these lengths, and the slot at which each segment starts.
+
+    Where that leaves out enough slots, a segment shares its grid with those of more than half, up to double its length.
+    """
+    groups: list[list[int]] = []
+    for segment in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not groups or 2 * max(lengths[segment], _SHORT) <= lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(segment)
+    if sum(len(group) * lengths[group[0]] for group in groups) > _WORTH * len(lengths) * max(lengths):
+        groups = [sorted(range(len(lengths)), key=lambda i: -lengths[i])]
+    grids: list[Grid] = []
+    starts = [0] * len(lengths)
+    for group in groups:
+        grid = Grid(len(group), lengths[group[0]], grids[-1].slots.stop if grids else 0)
+        grids.append(grid)
+        for line, segment in enumerate(sorted(group)):
+            starts[segment] = grid.start + line * grid.length
+    return grids, starts
+
+
+def _with_first(grid: Grid, bearing: Tensor) -> Grid:
+    """`grid`, told the slots of the rows that bear the loss."""
+    own = bearing[(bearing >= grid.slots.start) & (bearing < grid.slots.stop)] - grid.start
+    return replace(grid, first=int((own % grid.length).min()) if len(own) else grid.length)
