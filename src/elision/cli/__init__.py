@@ -8,6 +8,7 @@ Rooms are imported inside the commands, so that `--help` and `--version` answer 
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -49,6 +50,11 @@ app.add_typer(spd.app, name="spd")
 
 def main() -> None:
     """Entry point of the `elision` command."""
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # imported by transformers, torchao tells of other machines' kernels
+        logging.getLogger(name).setLevel(logging.ERROR)
     app(prog_name="elision")
 
 

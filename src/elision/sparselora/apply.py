@@ -287,9 +287,7 @@ class SparseHandle:
         return self._fast.forward(step) if name == "model" else self._fast.hidden(step)
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if getattr(
-            model, "_is_replica", False
-        ):  # threads would share this handle, and a forward that is the original's
+        if getattr(model, "_is_replica", False):  # threads would share this handle, and the original's forward
             raise InputError(
                 "model runs in nn.DataParallel, as Trainer has it where it sees several GPUs: start one process a GPU "
                 "with torchrun, or show it one GPU, CUDA_VISIBLE_DEVICES=0"
