@@ -24,6 +24,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -32,6 +33,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import elision
+
+LIBRARY = f"{Path(elision.__file__).parent}/"
 DEVICE, _META = torch.device("cuda", 0), torch.device("meta")
 _WAITS = ("equal", "repeat_interleave", "bincount", "linalg_cholesky_ex", "linalg_qr", "_linalg_svd", "_linalg_eigh")
 _DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -111,10 +115,10 @@ class Gpu:
     def wait(self, what: str) -> None:
         """Note that the host waits, and where the innermost line of the library is that asked for it."""
         frame = inspect.currentframe()
-        while frame is not None and "/elision/" not in frame.f_code.co_filename:
+        while frame is not None and not frame.f_code.co_filename.startswith(LIBRARY):
             frame = frame.f_back
         code = None if frame is None else frame.f_code
-        place = "outside" if code is None else f"{code.co_filename.rpartition('/elision/')[2]} {code.co_name}"
+        place = "outside" if code is None else f"{code.co_filename.removeprefix(LIBRARY)} {code.co_name}"
         self.waits.append(f"{what}: {place}")
 
 
