@@ -19,8 +19,10 @@ skipped with a message where the kernel forbids it. Variants take turns, medians
 
 `ideal` is what the dropped syncs cost: their number times one all-reduce of that size, measured cold between
 computation (elision.spd.runtimes.latency). `model` is the same by alpha and beta, fitted to all-reduces of other sizes
-(elision.spd.costs). Each rank has the cores of its share: its computing thread the first and gloo's loop thread the
-second. On a single core that thread starves for milliseconds behind the computation, so there it becomes SCHED_BATCH.
+(elision.spd.costs). How much slower the empty plan is than transformers is the median over turns of the ratio within a
+turn, where the two stand side by side; transformers loaded a second time ("twin") says what no difference looks like.
+Each rank has the cores of its share: its computing thread the first and gloo's loop thread the second. On a single core
+that thread starves for milliseconds behind the computation, so there it becomes SCHED_BATCH.
 The last line is JSON.
 """
 
@@ -29,6 +31,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
 import socket
@@ -152,8 +155,10 @@ def rank_main(place: str, out: str, turns: int, quick: bool) -> None:
     rank = dist.get_rank()
     dist.all_reduce(torch.zeros(1))
     threads = settle(rank)
-    own = AutoModelForCausalLM.from_pretrained(
-        place, distributed_config=DistributedConfig(tp_size=RANKS, tp_plan="auto"), dtype=torch.float32
+    distributed = DistributedConfig(tp_size=RANKS, tp_plan="auto")
+    own, twin = (
+        AutoModelForCausalLM.from_pretrained(place, distributed_config=distributed, dtype=torch.float32)
+        for _ in range(2)
     )
     whole = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
@@ -174,6 +179,7 @@ def rank_main(place: str, out: str, turns: int, quick: bool) -> None:
         "single process": alone,
         "transformers": lambda workload: latency.timed(own, workload),
         **{name: latency.under(model, plan) for name, plan in plans.items()},
+        "twin": lambda workload: latency.timed(twin, workload),
     }
     for name, dropped in (("bare", False), ("bare dropped", True)):
         bare = Bare(whole, rank, reduce, dropped)
@@ -218,6 +224,9 @@ def rank_main(place: str, out: str, turns: int, quick: bool) -> None:
                     "all_reduce_ms": 1e3 * (int8 if plan.int8 else sync),
                     "ideal_ms": 1e3 * (len(plan.dropped) * sync + len(plan.int8) * (sync - int8)),
                     "model_ms": 1e3 * saving(treatments(plan, layers), link, hidden, workload.passing, width=4).seconds,
+                    "over_transformers": over(times[workload.name][name], times[workload.name]["transformers"], turns)
+                    if name in ("all syncs", "twin")
+                    else None,
                 }
             )
     if rank == 0:
@@ -229,6 +238,23 @@ def rank_main(place: str, out: str, turns: int, quick: bool) -> None:
         Path(out).write_text(json.dumps({**found, "rows": rows}), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def over(slow: list[float], fast: list[float], turns: int) -> list[float]:
+    """By how much `slow` exceeds `fast`, as a share: median over turns, and its 95% interval from order statistics.
+
+    Both hold the same number of seconds for each turn, one turn after the other; a turn counts by its median.
+    """
+    size = len(fast) // turns
+    starts = range(0, size * turns, size)
+    medians = [[statistics.median(took[start : start + size]) for start in starts] for took in (slow, fast)]
+    ratios = sorted(a / b - 1 for a, b in zip(*medians, strict=True))
+    # the median of all turns there could be lies below the k-th least with probability P(Binomial(turns, 1/2) < k)
+    below, k = 0.5**turns, 1
+    while below + math.comb(turns, k) * 0.5**turns <= 0.025:
+        below += math.comb(turns, k) * 0.5**turns
+        k += 1
+    return [statistics.median(ratios), ratios[k - 1], ratios[-k]]
 
 
 def shared_memory_main(out: str, quick: bool) -> None:
@@ -364,7 +390,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     for row in found["rows"]:
         low, high = row["quartiles_ms"]
         cells = [row["workload"], row["variant"], f"{row['ms']:.2f}", f"{low:.2f} to {high:.2f}"]
-        plain = row["variant"] in ("single process", "transformers", "all syncs", "bare")
+        plain = row["variant"] in ("single process", "transformers", "twin", "all syncs", "bare")
         saved = [f"{row['saved_ms']:.2f}", f"{row['ideal_ms']:.2f}", f"{row['model_ms']:.2f}"]
         table.add_row(*cells, f"{row['saved']:.1%}", *(["", "", ""] if plain else saved), f"{row['all_reduce_ms']:.3f}")
     console.print(table)
