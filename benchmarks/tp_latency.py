@@ -19,8 +19,8 @@ skipped with a message where the kernel forbids it. Variants take turns, medians
 
 `ideal` is what the dropped syncs cost: their number times one all-reduce of that size, measured cold between
 computation (elision.spd.runtimes.latency). `model` is the same by alpha and beta, fitted to all-reduces of other sizes
-(elision.spd.costs). How much slower the empty plan is than transformers is the median over turns of the ratio within a
-turn, where the two stand side by side; transformers loaded a second time ("twin") says what no difference looks like.
+(elision.spd.costs). How much slower the empty plan is than transformers is the median over pairs that are milliseconds
+apart, token by token; transformers loaded a second time ("twin") says what no difference looks like there.
 Each rank has the cores of its share: its computing thread the first and gloo's loop thread the second. On a single core
 that thread starves for milliseconds behind the computation, so there it becomes SCHED_BATCH.
 The last line is JSON.
@@ -179,7 +179,6 @@ def rank_main(place: str, out: str, turns: int, quick: bool) -> None:
         "single process": alone,
         "transformers": lambda workload: latency.timed(own, workload),
         **{name: latency.under(model, plan) for name, plan in plans.items()},
-        "twin": lambda workload: latency.timed(twin, workload),
     }
     for name, dropped in (("bare", False), ("bare dropped", True)):
         bare = Bare(whole, rank, reduce, dropped)
@@ -191,10 +190,14 @@ def rank_main(place: str, out: str, turns: int, quick: bool) -> None:
         variants[name] = lambda workload, bare=bare: latency.timed(bare, workload)
     work = QUICK if quick else WORK
     times: dict[str, dict[str, list[float]]] = {}
+    pairs: dict[str, dict[str, list[float]]] = {}
+    alike = {"transformers": own, "empty plan": model, "twin": twin}
     for workload in work:
         if rank == 0:
             print(f"{workload.name}: {turns} turns of {len(variants)} variants", file=sys.stderr, flush=True)
         times |= latency.compare(variants, [workload], turns)
+        with torch.no_grad(), runtime.drop_syncs(model, plans["all syncs"]):
+            pairs[workload.name] = side_by_side(alike, workload, (12 if workload.steps else 3) * turns)
     link, _ = latency.probe(turns=5 if quick else 30)
 
     def int8_sync(tensor: Tensor) -> Tensor:
@@ -224,13 +227,15 @@ def rank_main(place: str, out: str, turns: int, quick: bool) -> None:
                     "all_reduce_ms": 1e3 * (int8 if plan.int8 else sync),
                     "ideal_ms": 1e3 * (len(plan.dropped) * sync + len(plan.int8) * (sync - int8)),
                     "model_ms": 1e3 * saving(treatments(plan, layers), link, hidden, workload.passing, width=4).seconds,
-                    "over_transformers": over(times[workload.name][name], times[workload.name]["transformers"], turns)
-                    if name in ("all syncs", "twin")
-                    else None,
                 }
             )
     if rank == 0:
         found = {
+            "empty_plan": [
+                {"workload": name, "pairs": len(took["twin"])}
+                | {key: over(took[key], took["transformers"]) for key in ("empty plan", "twin")}
+                for name, took in pairs.items()
+            ],
             "threads": threads,
             "alpha_us": 1e6 * link.alpha,
             "gbytes_per_s": 1e-9 / link.beta if link.beta else None,
@@ -240,20 +245,38 @@ def rank_main(place: str, out: str, turns: int, quick: bool) -> None:
     dist.destroy_process_group()
 
 
-def over(slow: list[float], fast: list[float], turns: int) -> list[float]:
-    """By how much `slow` exceeds `fast`, as a share: median over turns, and its 95% interval from order statistics.
+def side_by_side(models: dict[str, Any], workload: Workload, repeats: int) -> dict[str, list[float]]:
+    """Seconds of `repeats` decoded tokens or prompt passes by model, one of each model's before anyone's next.
 
-    Both hold the same number of seconds for each turn, one turn after the other; a turn counts by its median.
+    What is 50 ms apart is seldom told apart by the machine; the models take turns in going first.
     """
-    size = len(fast) // turns
-    starts = range(0, size * turns, size)
-    medians = [[statistics.median(took[start : start + size]) for start in starts] for took in (slow, fast)]
-    ratios = sorted(a / b - 1 for a, b in zip(*medians, strict=True))
-    # the median of all turns there could be lies below the k-th least with probability P(Binomial(turns, 1/2) < k)
-    below, k = 0.5**turns, 1
-    while below + math.comb(turns, k) * 0.5**turns <= 0.025:
-        below += math.comb(turns, k) * 0.5**turns
-        k += 1
+    tokens = workload.tokens if workload.steps else 0
+    ids = torch.arange(workload.batch * workload.tokens).view(workload.batch, -1) % 997 + 3
+    caches = (
+        {name: model(input_ids=ids, use_cache=True).past_key_values for name, model in models.items()} if tokens else {}
+    )
+    took: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):
+        first = repeat % len(models)
+        for name in [*list(models)[first:], *list(models)[:first]]:
+            given = {"past_key_values": caches[name]} if tokens else {}
+            start = latency.clock()
+            out = models[name](input_ids=ids[:, :1] if tokens else ids, use_cache=True, logits_to_keep=1, **given)
+            spent = latency.clock() - start
+            if repeat:
+                took[name].append(spent)
+            if tokens:
+                caches[name] = out.past_key_values
+    return took
+
+
+def over(slow: list[float], fast: list[float]) -> list[float]:
+    """By how much `slow` exceeds `fast`, as a share: median over pairs, and its 95% interval from order statistics."""
+    ratios = sorted(a / b - 1 for a, b in zip(slow, fast, strict=True))
+    # the median of all pairs there could be lies below the k-th least with probability P(Binomial(pairs, 1/2) < k)
+    below, k = 0.5 ** len(ratios), 1
+    while (more := below + math.comb(len(ratios), k) * 0.5 ** len(ratios)) <= 0.025:
+        below, k = more, k + 1
     return [statistics.median(ratios), ratios[k - 1], ratios[-k]]
 
 
@@ -390,7 +413,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     for row in found["rows"]:
         low, high = row["quartiles_ms"]
         cells = [row["workload"], row["variant"], f"{row['ms']:.2f}", f"{low:.2f} to {high:.2f}"]
-        plain = row["variant"] in ("single process", "transformers", "twin", "all syncs", "bare")
+        plain = row["variant"] in ("single process", "transformers", "all syncs", "bare")
         saved = [f"{row['saved_ms']:.2f}", f"{row['ideal_ms']:.2f}", f"{row['model_ms']:.2f}"]
         table.add_row(*cells, f"{row['saved']:.1%}", *(["", "", ""] if plain else saved), f"{row['all_reduce_ms']:.3f}")
     console.print(table)
