@@ -22,7 +22,8 @@ them; one that takes twice as long as PEFT has a single turn:
     sparse + lossless     SparseLoRA as it comes
 
 `ideal` is the ratio of the operations that have to be done (elision.sparselora.flops, causal attention), `efficiency`
-the measured share of it, both over PEFT with bf16 adapters. The last line is JSON.
+the measured share of it, both over PEFT with bf16 adapters. Attention's own time, which sparsity leaves as it is, is
+its share of profiled steps, after the rounds. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -145,8 +146,8 @@ def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor[real][None] for name, tensor in found.items()}
 
 
-def operations(model: Any, batch: dict[str, torch.Tensor], plan: SparsityPlan, variant: str) -> float:
-    """What a variant has to compute: floating-point operations of a forward and backward."""
+def operations(model: Any, batch: dict[str, torch.Tensor], plan: SparsityPlan, variant: str) -> tuple[float, float]:
+    """What a variant has to compute: operations of a forward and backward in floating point, and attention's share."""
     shape, kinds = flops.Shape.of(model), tokens.classify(batch["labels"].cpu(), batch["attention_mask"].cpu())
     exact, pruned = variant.endswith("lossless"), variant.startswith(("sparse", "published"))
     plan = as_published(plan) if variant.startswith("published") else plan
@@ -154,7 +155,8 @@ def operations(model: Any, batch: dict[str, torch.Tensor], plan: SparsityPlan, v
     if variant == "padding-free":
         real = batch["attention_mask"].sum(dim=1).tolist()
         work = flops.Workload(tuple(real), work.context, sum(real))
-    return flops.step(shape, work, flops.adapters_of(model), plan if pruned else None).total(causal=True)
+    cost = flops.step(shape, work, flops.adapters_of(model), plan if pruned else None)
+    return cost.total(causal=True), cost.attention / 2
 
 
 def available(device: str) -> tuple[str, ...]:
@@ -225,22 +227,49 @@ def timed(model: Any, loss: Callable[[], torch.Tensor], device: str, steps: int 
     return took[1:], peak(device)
 
 
-def breakdown(model: Any, loss: Callable[[], torch.Tensor], setting: Setting, plan: SparsityPlan) -> dict[str, float]:
-    """Share of one step's time by KINDS: operations told apart by their names and shapes."""
+def profiled(model: Any, loss: Callable[[], torch.Tensor]) -> tuple[Any, float]:
+    """What the profiler saw of a step, after one to warm up, and how many milliseconds the step took under it."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CPU, activity.CUDA] if torch.cuda.is_available() else [activity.CPU]
     loss().backward()
     with torch.profiler.profile(activities=kinds, record_shapes=True) as profile:
+        start = time.perf_counter()
         loss().backward()
         optimizer.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        took = 1e3 * (time.perf_counter() - start)
+    return profile.events(), took
+
+
+def breakdown(model: Any, loss: Callable[[], torch.Tensor], setting: Setting, plan: SparsityPlan) -> dict[str, float]:
+    """Share of one step's time by KINDS: operations told apart by their names and shapes, and by what called them."""
     found: dict[str, float] = {kind: 0.0 for kind in KINDS}
-    for event in profile.key_averages(group_by_input_shape=True):
-        if event.key.startswith("aten::") or "Optimizer" in event.key or event.key.startswith("autograd::"):
+    for event in profiled(model, loss)[0]:
+        if event.name.startswith(("aten::", "autograd::")) or "Optimizer" in event.name:
             own = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
-            found[kind_of(event.key, event.input_shapes, setting, plan.rank)] += own
+            kind = "attention" if of_attention(event) else kind_of(event.name, event.input_shapes, setting, plan.rank)
+            found[kind] += own
     total = sum(found.values())
     return {kind: round(spent / total, 4) for kind, spent in found.items()}
+
+
+def attention_share(model: Any, loss: Callable[[], torch.Tensor], steps: int = 3) -> float:
+    """Share of a step's time that attention itself takes, forward and backward: the median of `steps` profiled ones."""
+    shares = []
+    for _ in range(steps):
+        events, took = profiled(model, loss)
+        own = [event for event in events if of_attention(event) and not of_attention(event.cpu_parent)]
+        spent = sum(e.device_time_total if torch.cuda.is_available() else e.cpu_time_total for e in own)
+        shares.append(1e-3 * spent / took)
+    return statistics.median(shares)
+
+
+def of_attention(event: Any) -> bool:
+    """Whether an event of the profiler is attention, or something that attention called; no event is not."""
+    names = ("_Causal", "scaled_dot_product", "ScaledDotProduct")  # causal.py's, torch's forward, its backward
+    return event is not None and (any(name in event.name for name in names) or of_attention(event.cpu_parent))
 
 
 def kind_of(name: str, shapes: Any, setting: Setting, rank: int) -> str:
@@ -308,9 +337,14 @@ def measure(name: str, share: float | None, rounds: int, device: str, log: Path 
     times = {v: [ms for run in done if run["variant"] == v for ms in run["ms"]] for v in variants}
     took = {variant: statistics.median(ms) for variant, ms in times.items()}
     needs = {v: operations(model, batch, plan, v) for v in variants}
+    shares = {}
+    for variant in ("dense + lossless", "sparse + lossless"):
+        with prepared(model, plan, factors, batch, variant) as loss:
+            shares[variant] = attention_share(model, loss)
     rows, size = [], int(batch["attention_mask"].sum())
     for variant in variants:
-        ideal, over = needs[BASE] / needs[variant], took[BASE] / took[variant]
+        ideal, over = needs[BASE][0] / needs[variant][0], took[BASE] / took[variant]
+        attention_ms = round(shares[variant] * took[variant], 1) if variant in shares else None
         rows.append(
             {
                 "variant": variant,
@@ -323,7 +357,9 @@ def measure(name: str, share: float | None, rounds: int, device: str, log: Path 
                 "speedup_bf16": round(over, 3),
                 "ideal": round(ideal, 3),
                 "efficiency": round(over / ideal, 3),
-                "gflops": float(f"{needs[variant] / 1e9:.4g}"),
+                "attention_ms": attention_ms,
+                "gflops": float(f"{needs[variant][0] / 1e9:.4g}"),
+                "attention_gflops": float(f"{needs[variant][1] / 1e9:.4g}"),
                 "tokens_per_s": round(size / took[variant] * 1e3),
                 "peak_mb": round(max(run["peak_mb"] for run in done if run["variant"] == variant)),
             }
@@ -352,8 +388,10 @@ def show(rows: list[dict], console: Console) -> None:
         own = {row["variant"]: row for row in rows if (row["shape"], row["output_share"]) == (shape, share)}
         dense, sparse = own["dense + lossless"], own["sparse + lossless"]
         gain, ideal = dense["step_ms"] / sparse["step_ms"], dense["gflops"] / sparse["gflops"]
+        rest, limit = finetune_step_report.beyond_attention(dense, sparse)
         console.print(
-            f"{shape} {output(share)}: sparse + lossless over dense + lossless {gain:.2f}x, ideal {ideal:.2f}x"
+            f"{shape} {output(share)}: sparse + lossless over dense + lossless {gain:.2f}x, ideal {ideal:.2f}x; "
+            f"without attention's own time {rest:.2f}x, ideal {limit:.2f}x"
         )
 
 

@@ -476,8 +476,7 @@ def main() -> None:
     for row in found["vllm"] or []:
         console.print(f"vLLM's shared memory, {row['workload']}: one all-reduce {row['all_reduce_ms']:.3f} ms")
     for each in found["bars"]:
-        word = "met " if each["met"] else "MISSED"
-        console.print(f"{word}  {each['bar']}: {each['value']:.1%} ({each['limit']:.0%})")
+        console.print(tp_latency_report.said(each).replace("*", ""))
     print(json.dumps(found))
     return None
 

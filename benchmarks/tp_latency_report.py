@@ -84,10 +84,8 @@ def page(found: dict[str, Any], beside: str) -> str:
         for row in link["empty_plan"]:
             cells = [link["link"], row["workload"], str(row["pairs"]), ratio(*row["empty plan"]), ratio(*row["twin"])]
             lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Bars, as the program printed them:", ""]
-    for bar in found["bars"]:
-        word = "met" if bar["met"] else "**missed**"
-        lines.append(f"- {word}: {bar['bar']}: {bar['value']:.1%} ({bar['limit']:.0%})")
+    lines += ["", "Bars:", ""]
+    lines += [f"- {said(bar)}" for bar in found["bars"]]
     lines += [
         "",
         "The ideal is the number of dropped syncs times one cold all-reduce. Savings above it are the waiting for the",
@@ -104,8 +102,9 @@ def verdicts(links: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by = {(f["link"], row["workload"], row["variant"]): row for f in links for row in f["rows"]}
     found = []
 
-    def bar(name: str, value: float, limit: float, least: bool = True) -> None:
-        found.append({"bar": name, "value": value, "limit": limit, "met": value >= limit if least else value <= limit})
+    def bar(name: str, value: float, limit: float, least: bool = True, interval: list[float] | None = None) -> None:
+        met = value >= limit if least else value <= limit
+        found.append({"bar": name, "value": value, "limit": limit, "met": met, "interval": interval})
 
     for (link, workload, variant), row in by.items():
         if variant == "all dropped" and link == "loopback" and workload.startswith("decode"):
@@ -120,8 +119,17 @@ def verdicts(links: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for link in links:
         for row in link["empty_plan"]:
             name = f"empty plan over transformers, {row['workload']}, {link['link']}"
-            bar(name, row["empty plan"][0], BARS["empty plan"], least=False)
+            value, *interval = row["empty plan"]
+            bar(name, value, BARS["empty plan"], least=False, interval=interval)
     return found
+
+
+def said(bar: dict[str, Any]) -> str:
+    """A bar in words: not decided where the value misses it and the interval reaches to where it would be met."""
+    low, high = bar["interval"] or (None, None)
+    word = "met" if bar["met"] else "**missed**" if low is None or low > bar["limit"] else "not decided"
+    between = f", 95% interval {low:+.1%} to {high:+.1%}" if low is not None else ""
+    return f"{word}: {bar['bar']}: {bar['value']:.1%} ({bar['limit']:.0%}){between}"
 
 
 def by_work(link: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -63,18 +63,25 @@ def test_finetune_step(
     assert found["benchmark"] == "finetune_step" and tuple(rows) == benchmark.available("cpu")
     asked = {"variant", "shape", "output_share", "device", "step_ms", "speedup", "ideal", "efficiency", "peak_mb"}
     for row in rows.values():
-        assert asked | {"gflops", "tokens_per_s", "speedup_bf16", "quartiles_ms"} == row.keys()
+        asked |= {"gflops", "attention_gflops", "attention_ms", "tokens_per_s", "speedup_bf16", "quartiles_ms"}
+        assert asked == row.keys()
         assert row["quartiles_ms"][0] <= row["step_ms"] <= row["quartiles_ms"][1]
         assert all(value > 0 for value in row.values() if isinstance(value, float | int) and not math.isnan(value))
     assert json.loads((tmp_path / "step.json").read_text()) == found
     assert f"| tiny | 25% | sparse + lossless | {rows['sparse + lossless']['step_ms']:.0f} |" in (
         (tmp_path / "step.md").read_text()
     )
+    for name in ("dense + lossless", "sparse + lossless"):
+        assert 0 < rows[name]["attention_ms"] < rows[name]["step_ms"]
+        assert rows[name]["attention_gflops"] == rows["dense + lossless"]["attention_gflops"] < rows[name]["gflops"]
+    assert rows["PEFT"]["attention_ms"] is None
     assert rows["PEFT"]["speedup"] == rows[benchmark.BASE]["ideal"] == 1.0
     ideals = [rows[name]["ideal"] for name in (benchmark.BASE, "dense + lossless", "sparse + lossless")]
     assert ideals == sorted(ideals) and len(set(ideals)) == 3 and rows["sparse"]["ideal"] > 1
     monkeypatch.setattr(benchmark, "timed", lambda *_: pytest.fail("timed again what was kept"))
-    assert last_line(benchmark, monkeypatch, capsys, *quick) == found
+    monkeypatch.setattr(benchmark, "attention_share", lambda *_: 0.5)
+    again = last_line(benchmark, monkeypatch, capsys, *quick)["rows"]
+    assert [row["step_ms"] for row in again] == [row["step_ms"] for row in found["rows"]]
 
 
 def test_where_a_step_s_time_goes(
