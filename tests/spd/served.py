@@ -7,6 +7,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,12 @@ class _Dying(StoppingCriteria):
 
 
 def lose(rank: int, place: str, lost: int, how: str) -> dict[str, Any]:
-    """What a rank says, and when, after rank `lost` is gone."""
+    """What a rank says, and when, after two refused requests and the loss of rank `lost` in a third."""
     model = runtime.load(place)
+    for wrong in ({"inputs": torch.tensor([[10**6]])}, {"inputs": token_ids(rows=1), "max_new_tokens": -1}):
+        with suppress(ValueError):  # which every rank refuses alike, and outlives
+            runtime.generate(model, **wrong)
+            raise AssertionError("nothing was refused")
     if rank == lost:
         inner = model.generate
         model.generate = lambda **options: inner(**options, stopping_criteria=[_Dying(how)])

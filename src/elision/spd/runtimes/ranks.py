@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ JOINING = timedelta(minutes=30)  # for loading: ranks may read their weights at 
 IDLE = timedelta(days=30)  # that ranks wait for rank 0's next request: as long as nobody asks
 MARGIN = 3.0  # seconds that a surviving rank may take from its timeout to its word in the store
 _KEY = "elision/stopped"
+_requests = count(1)  # of this process; every rank comes to each request, so that all count alike
 
 
 class RankLostError(RuntimeError):
@@ -95,13 +97,16 @@ def naming_the_lost(seconds: float) -> Iterator[None]:
     Raises:
         RankLostError: another rank died, or failed with an error of its own.
     """
+    request = next(_requests)
     try:
         yield
     except Exception as error:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             raise
         cut_off = isinstance(error, RuntimeError) and of_the_network(error)
-        blame = _roll_call("" if cut_off else f"{type(error).__name__}: {error}", seconds + MARGIN if cut_off else 0.0)
+        alive = cut_off or isinstance(error, InputError)  # which every rank refuses alike: it can go on
+        word = "" if alive else f"{type(error).__name__}: {error}"
+        blame = _roll_call(request, word, seconds + MARGIN if cut_off else 0.0)
         if not cut_off:
             raise
         raise RankLostError(blame) from error
@@ -112,18 +117,21 @@ def of_the_network(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("gloo", "NCCL", "Connection"))
 
 
-def _roll_call(own_error: str, seconds: float) -> str:
-    """Leave this rank's word in the store and wait up to `seconds` for the others'; a sentence on who is to blame."""
+def _roll_call(request: int, own_error: str, seconds: float) -> str:
+    """Leave this rank's word on `request` in the store and wait up to `seconds` for the others'; who is to blame.
+
+    Errors of earlier requests are no word on this one: what all ranks refused alike, all of them outlived.
+    """
     own, everyone = dist.get_rank(), range(dist.get_world_size())
     deadline = time.monotonic() + seconds
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"{_KEY}/{own}", own_error or "-")
+        store.set(f"{_KEY}/{request}/{own}", own_error or "-")
         silent = [rank for rank in everyone if rank != own]
         while silent and time.monotonic() < deadline:
             time.sleep(0.05)
-            silent = [rank for rank in silent if not store.check([f"{_KEY}/{rank}"])]
-        words = {rank: store.get(f"{_KEY}/{rank}").decode() for rank in everyone if rank not in silent}
+            silent = [rank for rank in silent if not store.check([f"{_KEY}/{request}/{rank}"])]
+        words = {rank: store.get(f"{_KEY}/{request}/{rank}").decode() for rank in everyone if rank not in silent}
     except RuntimeError:
         return f"rank {own} lost the ranks' meeting point, which rank 0 or its launcher keeps: start all ranks again"
     failed = [f"rank {rank} stopped with {word}" for rank, word in words.items() if rank != own and word != "-"]
