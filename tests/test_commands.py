@@ -124,6 +124,8 @@ def test_calibrate_for_a_link(tmp_path: Path, text: Path) -> None:
     assert code == 0 and said.startswith("do not bother: ") and not out.exists()
     code, said, _ = run(*arguments, "--alpha", 1e-4, "--beta", 1e-9, "--max-loss", 0.02, "--method", "fisher")
     assert code == 0 and "of 12 blocks drop their first sync on 2 ranks" in said
+    code, _, error = run(*arguments, "--treatments", "dropped,none")
+    assert code == 2 and error == "error: treatments name 'none': give some of dropped, int8, skipped\n"
     assert SyncPlan.load(out).verified is not None
 
 

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from elision import InputError, spd
 from elision.blocks import decoder
-from elision.spd import SyncPlan, Workload, calibrate, calibrations, heal, simulate
+from elision.spd import SyncPlan, Workload, calibrate, calibrations, heal, proxies, simulate, streams
 from elision.spd.calibration import Limit, _prefix, expected, predicted, tiers_of
-from elision.spd.costs import Link
-from elision.spd.streams import Quality, check_batches, last_hidden, measure
+from elision.spd.costs import Compute, Link
+from elision.spd.plan import EXCLUSIVE
+from elision.spd.streams import Quality, check_batches, last_hidden, measure, treat
 from tests.spd.test_sensitivity import DATA, brute_force, one_by_one
 from tests.spd.tiny import bits, corrected, tiny, token_ids
 
@@ -244,10 +245,23 @@ class TestMixtures:
         (quality, dense) = measure(decoder(model), check_batches(DATA, model.config), [plan, SyncPlan(3)], quiet=True)
         assert quality.perplexity / dense.perplexity - 1 == pytest.approx(plan.verified.predicted, rel=1e-9)
         assert plan.verified.predicted <= 0.05 and bits(model) == before
-        more = calibrate(model, DATA, 3, max_loss=10.0, workload=work, quiet=True)
+        more = calibrate(model, DATA, 3, max_loss=10.0, workload=work, treatments=EXCLUSIVE, quiet=True)
         how = [plan.treatment(block) for block in range(4)], [more.treatment(block) for block in range(4)]
         assert work.saving(how[1]).seconds > work.saving(how[0]).seconds >= 0
         assert set(how[1]) <= {"dropped", "skipped"}  # all that can be saved
+
+    @pytest.mark.parametrize("method", ["single", "fisher"])
+    def test_attention_is_neither_measured_nor_skipped_unasked(self, method, monkeypatch):
+        model, seen = tiny("llama"), []
+        monkeypatch.setattr(streams, "treat", lambda block, way, *rest: seen.append(way) or treat(block, way, *rest))
+        monkeypatch.setattr(proxies, "treat", streams.treat)
+        work = Workload(self.slow, layers=3, hidden=24, tokens=9, compute=Compute(1.0, 1.0))
+        for treatments in ((), EXCLUSIVE):
+            given = {"treatments": treatments} if treatments else {}
+            plan = calibrate(model, DATA, 3, max_loss=10.0, workload=work, method=method, quiet=True, **given)
+            used = {way[0] for way in seen if way is not None}
+            assert used == set(treatments or ("dropped", "int8")) and bool(plan.skipped) == bool(treatments)
+            seen.clear()
 
     @pytest.mark.parametrize(
         ("match", "work", "limits"),
@@ -256,6 +270,9 @@ class TestMixtures:
             ("are not the 6 of the link", Workload(Link(6, 1e-5, 0.0), 3, 24, 1), {}),
             ("workload is of 4 blocks", Workload(Link(3, 1e-5, 0.0), 4, 24, 1), {}),
             ("mixed within max_loss alone", Workload(Link(3, 1e-5, 0.0), 3, 24, 1), {"drop": 0.5}),
+            ("treatments dropped are given without a workload", None, {"treatments": ["dropped"]}),
+            ("treatments name 'sleep': give some of dropped, int8, skipped", None, {"treatments": ["sleep"]}),
+            ("treatments name none", None, {"treatments": []}),
         ],
     )
     def test_what_does_not_fit_is_refused(self, match, work, limits):

@@ -46,6 +46,9 @@ def calibrate(
     ] = None,
     method: Annotated[Method, typer.Option(help="How blocks are ordered: exactly, or faster.")] = "sequential",
     probe: Annotated[Path | None, typer.Option(help="What `spd probe --out` wrote: mix treatments for it.")] = None,
+    treatments: Annotated[
+        str, typer.Option(help="What may be mixed: dropped, int8, skipped, which vLLM does not serve.")
+    ] = "dropped,int8",
     alpha: Annotated[float | None, typer.Option(help="Instead of --probe: seconds of an empty all-reduce.")] = None,
     beta: Annotated[float | None, typer.Option(help="And seconds a byte that leaves a rank.")] = None,
     step_ms: Annotated[float | None, typer.Option(help="Time of a step with all syncs in place.")] = None,
@@ -77,7 +80,8 @@ def calibrate(
 
     ranks = list(dict.fromkeys(ranks))
     paths = _plan_paths(out, ranks)
-    limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing, _shares(recovered or []))
+    allowed = tuple(each.strip() for each in treatments.split(","))
+    limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing, _shares(recovered or []), allowed)
     loaded, tokenizer = load(model, dtype, stream=stream)
     workload = _workload(loaded, ranks, probe, alpha, beta, step_ms, step_tokens)
     batches, apart = _texts(loaded, tokenizer, text, held_out, rows, tokens)

@@ -34,6 +34,7 @@ from elision.spd.streams import IGNORED, Batch, Quality, check_batches, measure,
 
 DEFAULT_LOSS = 0.01
 TRIES = 8  # plans measured at most before a mixed one is given up
+ALLOWED = ("dropped", "int8")  # treatments to mix where none are named: those that every runtime serves
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Limit:
     tiers: tuple[float, float] | None = None  # t1 <= t2, shares of the dense perplexity
     healing: bool = False  # `heal` will follow, so more blocks may be dropped
     recovered: Mapping[str, float] = field(default_factory=dict, hash=False)  # treatment to the share it wins back
+    treatments: tuple[str, ...] = ALLOWED  # that may be mixed for a workload, some of plan.EXCLUSIVE
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("max_loss", "max_kl", "drop")}
@@ -68,6 +70,11 @@ class Limit:
                 "dense perplexity, 0.001,0.01 say"
             )
         object.__setattr__(self, "recovered", recoveries(self.recovered))
+        unknown = sorted(set(self.treatments) - set(EXCLUSIVE))
+        if unknown or not self.treatments:
+            named = repr(unknown[0]) if unknown else "none"
+            raise InputError(f"treatments name {named}: give some of {', '.join(EXCLUSIVE)}")
+        object.__setattr__(self, "treatments", tuple(dict.fromkeys(self.treatments)))
 
     def count(self, found: Sequence[Quality], healing: Mapping[int, str], order: Sequence[int]) -> int:
         """How many blocks of `order` the limit allows; found[k] is measured with the first k dropped as they are."""
@@ -141,6 +148,7 @@ def calibrate(
     recovered: Mapping[str, float] | None = None,
     method: Method = "sequential",
     workload: Workload | None = None,
+    treatments: Sequence[str] = ALLOWED,
     held_out: Iterable[Batch] | None = None,
     state: str | Path | None = None,
     quiet: bool = False,
@@ -162,18 +170,20 @@ def calibrate(
         recovered: share of a block's loss that each of "correct", "b2b" and "hg+b2b" is expected to win back, as
             `verified.recovery` of an earlier healing says; planner.RECOVERED where it is not given.
         method: how blocks are ordered (proxies.py): "sequential" is exact, the others fast.
-        workload: what a step costs on the links that will serve (planner.py): int8 syncs and skipped attention then
-            compete with dropped syncs, for the most time saved within max_loss. `ranks` must be the link's.
+        workload: what a step costs on the links that will serve (planner.py): `treatments` then compete for the most
+            time saved within max_loss. `ranks` must be the link's.
+        treatments: some of "dropped", "int8" and "skipped", the first two by default: a plan with skipped attention is
+            served with transformers alone.
         held_out: further batches, to verify the plan on; what is found is in `plan.verified`.
         state: file that keeps what was measured: give the same path again and a killed run goes on.
         quiet: show no progress bars.
 
     Raises:
-        InputError: as in `sensitivity`; two limits or one out of range; a workload with another limit than max_loss,
-            for another model or number of ranks, or one where nothing is worth saving ("do not bother"); a model with
-            healed or regrouped blocks.
+        InputError: as in `sensitivity`; two limits or one out of range; an unknown treatment, or some without a
+            workload; a workload with another limit than max_loss, for another model or number of ranks, or one where
+            nothing is worth saving ("do not bother"); a model with healed or regrouped blocks.
     """
-    limit = Limit(max_loss, max_kl, drop, tiers, healing, recovered or {})
+    limit = Limit(max_loss, max_kl, drop, tiers, healing, recovered or {}, tuple(treatments))
     return calibrations(
         model, batches, (ranks,), limit, method=method, workload=workload, held_out=held_out, state=state, quiet=quiet
     )[0]
@@ -196,6 +206,11 @@ def calibrations(
     view = covered_by_all(model, several)
     if workload is not None:
         _check_workload(workload, view, several, limit)
+    elif set(limit.treatments) != set(ALLOWED):
+        raise InputError(
+            f"treatments {', '.join(limit.treatments)} are given without a workload, where syncs are dropped alone: "
+            "give what a step costs (--probe, --step-ms), or leave them out"
+        )
     data = check_batches(batches, view.config)
     apart = None if held_out is None else check_batches(held_out, view.config)
     scores = all_scores(view, data, [("dropped", n) for n in several], method, state, quiet)
@@ -278,7 +293,7 @@ def _mixed(
     quiet: bool,
 ) -> tuple[SyncPlan, float]:
     """The mixture of treatments that saves most within max_loss, measured as a whole, and its predicted loss."""
-    dense, losses = _alone(view, data, ranks, method, state, quiet)
+    dense, losses = _alone(view, data, ranks, limit.treatments, method, state, quiet)
     allowed = DEFAULT_LOSS if limit.max_loss is None else limit.max_loss
     blocks = options(losses, workload, ("b2b",) if limit.healing else (), limit.recovered)
     budget = allowed
@@ -299,25 +314,31 @@ def _mixed(
 
 
 def _alone(
-    view: Decoder, data: Sequence[Batch], ranks: int, method: str, state: str | Path | None, quiet: bool
+    view: Decoder,
+    data: Sequence[Batch],
+    ranks: int,
+    treatments: Sequence[str],
+    method: str,
+    state: str | Path | None,
+    quiet: bool,
 ) -> tuple[float, dict[str, list[float]]]:
-    """Dense perplexity, and the relative loss of each treatment of each block alone.
+    """Dense perplexity, and the relative loss of each of `treatments` of each block alone.
 
     A block that happens to gain on this text is charged its KL divergence from the dense model, which is what text of
     the model's own would show and never negative.
     """
     if method not in ("sequential", "single"):  # of the fast ones, the one that covers every treatment
         (dense,) = measure(view, data, [SyncPlan(ranks)], state=state, quiet=quiet, title="Dense perplexity")
-        scores = all_scores(view, data, [(how, ranks) for how in EXCLUSIVE], "fisher", state, quiet)
+        scores = all_scores(view, data, [(how, ranks) for how in treatments], "fisher", state, quiet)
         return dense.perplexity, {
-            how: [score / dense.perplexity for score in own] for how, own in zip(EXCLUSIVE, scores, strict=True)
+            how: [score / dense.perplexity for score in own] for how, own in zip(treatments, scores, strict=True)
         }
-    plans = [SyncPlan.of(ranks, {block.index: how}) for how in EXCLUSIVE for block in view.blocks]
+    plans = [SyncPlan.of(ranks, {block.index: how}) for how in treatments for block in view.blocks]
     title = f"Each treatment of each block, {ranks} ranks"
     dense, *found = measure(view, data, [SyncPlan(ranks), *plans], state=state, quiet=quiet, title=title)
     losses = [max(each.perplexity / dense.perplexity - 1, each.kl) for each in found]
     size = len(view.blocks)
-    return dense.perplexity, {how: losses[i * size : (i + 1) * size] for i, how in enumerate(EXCLUSIVE)}
+    return dense.perplexity, {how: losses[i * size : (i + 1) * size] for i, how in enumerate(treatments)}
 
 
 def verify_all(
