@@ -300,6 +300,7 @@ def test_tied_weights_are_not_missed(tmp_path):
         ("llama", {**WIDE, "intermediate_size": 38}, SyncPlan(4), "size 38 over 4 ranks into shards"),
         ("llama", {"intermediate_size": 39}, SyncPlan(3), "this run has 1: start it with torchrun --nproc-per-node 3"),
         ("gemma2", {}, SyncPlan(1), "SPD does not cover this Gemma 2 model: its sandwich norms"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, SyncPlan(1), "is quantised, and ranks here"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_loading(family, sizes, plan, sentence, tmp_path):

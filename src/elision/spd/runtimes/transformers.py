@@ -309,6 +309,10 @@ def planned(source: str | Path, plan: SyncPlan | None) -> tuple[PretrainedConfig
                 f"model than {source}: give the checkpoint that was saved with it"
             )
     check_fits(config, plan)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{source} is quantised, and ranks here cannot share such weights: give the unquantised checkpoint"
+        )
     heads, kv_heads, _ = attention_shape(config.get_text_config())
     intermediate = intermediate_size(config.get_text_config())
     if kv_heads % plan.ranks:
