@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,19 @@ import torch
 
 from elision import InputError, evaluate
 from elision.blocks import decoder
-from elision.spd import Recipe, SyncPlan, calibrate, carry_out, correct, distill, heal, regroup, simulate, student
+from elision.spd import (
+    Recipe,
+    SyncPlan,
+    calibrate,
+    carry_out,
+    correct,
+    distill,
+    heal,
+    regroup,
+    simulate,
+    student,
+    uncorrect,
+)
 from elision.spd.activations import sources
 from tests.spd.tiny import bits, left_padded, tiny, token_ids
 
@@ -125,6 +138,24 @@ def test_corrections_take_part_and_are_trained():
     assert healed.plan.corrections == treated.plan.corrections and healed.plan.healed == ALL
     assert last_error(model, tiny("llama"), healed.plan) < before
     assert all(not torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+def test_weights_that_learned_beside_a_correction_keep_it():
+    model = tiny("llama")
+    fitted = correct(model, PLAN, DATA, "gain", blocks=[1], quiet=True)
+    healed = heal(*fitted, DATA, blocks=[1, 2], recipe=Recipe(epochs=1), quiet=True)
+    before = bits(model)
+    for use in (lambda: uncorrect(*healed), lambda: correct(*healed, DATA, blocks=[1], quiet=True)):
+        with pytest.raises(InputError, match="block 1 was healed beside its correction, which its weights need: leave"):
+            use()
+    for corrections in ({}, {1: "constant"}, {2: "gain"}):
+        with pytest.raises(InputError, match=r"carried out on blocks \[1, 2\] of another model than this"):
+            simulate(model, replace(healed.plan, corrections=corrections))
+    assert bits(model) == before
+    further = correct(*healed, DATA, blocks=[2], quiet=True)  # which learned without one
+    for plan in (healed.plan, further.plan):
+        simulate(model, plan).remove()
+    assert uncorrect(*correct(tiny("llama"), PLAN, DATA, quiet=True)) == PLAN
 
 
 def test_what_a_plan_still_has_to_heal_is_done_as_it_says():

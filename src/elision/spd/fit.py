@@ -20,7 +20,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from elision.blocks import Block
+from elision.blocks import Block, Decoder
 from elision.errors import InputError
 from elision.progress import progress
 from elision.spd.activations import Source, served, sources
@@ -28,7 +28,7 @@ from elision.spd.artifact import Treated
 from elision.spd.block import attention_share
 from elision.spd.corrections import Correction, attach, correction_of, detach
 from elision.spd.plan import CORRECTIONS, SyncPlan
-from elision.spd.simulate import Simulation, check_plain, covered, facts, head_outputs, local_block
+from elision.spd.simulate import Simulation, check_plain, covered, facts, head_outputs, healed_beside, local_block
 from elision.spd.streams import Batch, check_batches, check_weights, evaluating
 
 RIDGE = 1e-4  # of M_i - Wo_i, in units of the mean square of A_i's channels: keeps directions that hardly occur
@@ -59,7 +59,8 @@ def correct(
         The model and the plan with the corrections in it.
 
     Raises:
-        InputError: an unknown kind, a block that is not dropped, or what `simulate` and `sensitivity` refuse.
+        InputError: an unknown kind, a block that is not dropped or was healed beside its correction, or
+            what `simulate` and `sensitivity` refuse.
     """
     if kind not in CORRECTIONS:
         raise InputError(f"correction {kind!r} is not known: use one of {', '.join(CORRECTIONS)}")
@@ -68,6 +69,7 @@ def correct(
     check_weights(view, plan)
     chosen = dict.fromkeys(plan.dropped if blocks is None else blocks, kind)
     corrected = replace(plan, corrections={**plan.corrections, **chosen})
+    _check_not_beside(view, chosen)
     for block in view.blocks:
         check_plain(block)
     for index in set(corrected.corrections) - set(chosen):
@@ -90,10 +92,25 @@ def correct(
 
 
 def uncorrect(model: nn.Module, plan: SyncPlan) -> SyncPlan:
-    """Take every correction away from the model, and return the plan without them."""
-    for block in covered(model, plan.ranks).blocks:
+    """Take every correction away from the model, and return the plan without them.
+
+    Raises:
+        InputError: a block was healed beside its correction.
+    """
+    view = covered(model, plan.ranks)
+    _check_not_beside(view, range(len(view.blocks)))
+    for block in view.blocks:
         detach(block)
     return replace(plan, corrections={})
+
+
+def _check_not_beside(view: Decoder, blocks: Iterable[int]) -> None:
+    """Raise InputError where one of `blocks` was healed beside a correction, without which its weights are wrong."""
+    if fixed := sorted(set(healed_beside(view)) & set(blocks)):
+        raise InputError(
+            f"block {fixed[0]} was healed beside its correction, which its weights need: leave it, or load the "
+            "original model"
+        )
 
 
 @torch.no_grad()

@@ -137,15 +137,25 @@ def carry(view: Decoder, plan: SyncPlan) -> None:
 
 
 def made_for(view: Decoder) -> SyncPlan | None:
-    """The plan that the model's weights were healed or regrouped for, less its measurements; None: the original's."""
+    """The plan that the model's weights were healed or regrouped for; None: they are the original's."""
     carried = getattr(view.model.config, "spd_plan", None)
-    plan = None if carried is None else _of_weights(SyncPlan.from_dict(carried, "spd_plan of the model's config"))
+    plan = None if carried is None else SyncPlan.from_dict(carried, "spd_plan of the model's config")
     return plan if plan is not None and (plan.healed or plan.heads) else None
+
+
+def healed_beside(view: Decoder) -> dict[int, str]:
+    """The corrections, by block, beside which the model's weights were healed: they are wrong without them."""
+    made = made_for(view)
+    return {} if made is None else {block: kind for block, kind in made.corrections.items() if block in made.healed}
 
 
 def check_carried(view: Decoder, plan: SyncPlan) -> None:
     """Raise InputError unless what `plan` says was done to weights was done to this model's."""
-    if (plan.healed or plan.heads) and made_for(view) != _of_weights(plan):
+    if not (plan.healed or plan.heads):
+        return
+    made = made_for(view)
+    lacking = healed_beside(view).items() - plan.corrections.items()
+    if made is None or _of_weights(made) != _of_weights(plan) or lacking:
         blocks = sorted({*plan.healed, *plan.heads})
         raise InputError(
             f"plan was carried out on blocks {blocks} of another model than this: give the model and the plan that "
@@ -154,7 +164,7 @@ def check_carried(view: Decoder, plan: SyncPlan) -> None:
 
 
 def _of_weights(plan: SyncPlan) -> SyncPlan:
-    """What of a plan weights are made for."""
+    """What of a plan weights are made for, corrections aside: a healed block may be given one afterwards."""
     return replace(plan, corrections={}, healing={}, model=None, calibration=None, verified=None)
 
 
