@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -241,12 +242,24 @@ def test_demo_passes_its_options_on(demo: dict, tmp_path: Path) -> None:
     assert demo["arguments"] == {"out": tmp_path, "seed": 3, "threads": 2}
 
 
+def test_a_gpu_that_is_too_small_is_told_with_what_would_help(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr("elision.cli.spd_plan.load", full)
+    words = ["--text", tmp_path, "--ranks", "2", "--out", tmp_path / "plan.json"]
+    said = refused(run("spd", "calibrate", "reference", *words))
+    assert said == "error: the GPU has too little memory for calibrate: give --dtype bfloat16 or --stream"
+
+
 def test_failures_of_a_command(demo: dict) -> None:
     demo["raises"] = InputError("seed 7 in plan.json is odd: use an even one")
     assert refused(run("demo")) == "error: seed 7 in plan.json is odd: use an even one"
     demo["raises"] = KeyboardInterrupt()
     result = run("demo")
     assert result.exit_code == 130 and "to resume" in result.stderr
+    demo["raises"] = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    assert refused(run("demo")) == "error: the GPU has too little memory for demo: give a smaller model"
     demo["raises"] = ZeroDivisionError("a bug of ours")
     result = run("demo")
     assert result.exit_code == 1 and isinstance(result.exception, ZeroDivisionError)

@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -82,6 +83,7 @@ def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
     planned = tmp_path / "plan-4.json"
     code, said, _ = run("spd", "heal", "reference", "--plan", planned, *rest, *low, "--stream", "--out", out, "--json")
     assert code == 0
+    assert load(out).dtype == torch.bfloat16  # as the original's weights are stored
     told = json.loads(said)
     healed = SyncPlan.load(planned).healing
     assert told["healed"] == list(read_plan(out).healed) == sorted(healed) and len(healed) > 0
@@ -93,7 +95,7 @@ def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
     assert f"\n    {command}\n" in card and "| Healed on | 16 rows of 16 tokens of text.txt |" in card
     calibration = SyncPlan.load(planned).calibration
     assert calibration is not None and calibration.recovered is not None and calibration.recovered["b2b"] == 0.7
-    assert load_adapter(reference_model.load()[0], low[3]).plan == read_plan(out)
+    assert load_adapter(reference_model.load(torch.bfloat16)[0], low[3]).plan == read_plan(out)
     assert not list(tmp_path.glob(".healed*"))
     again = [*CALIBRATE, "--text", text, "--ranks", 4, "--out", tmp_path / "again.json"]
     again[2] = out
@@ -105,7 +107,8 @@ def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
     code, said, _ = run("eval", out, *score, "--against", out, "--json")
     found = json.loads(said)["scores"][0]
     batches = text_batches(load_tokenizer(str(out)), [text.read_text()], 32, 8, limit=2)
-    served = pytest.approx(math.exp(evaluate.loss(load(out), batches)), rel=1e-5)  # under the plan that it carries
+    loss = evaluate.loss(load(out, dtype=torch.float32), batches)
+    served = pytest.approx(math.exp(loss), rel=1e-5)  # under the plan that it carries
     assert code == 0 and found["value"] == served and found["baseline"] == served
     code, _, error = run("eval", out, "--plan", planned, *score)
     assert code == 2 and "carries its plan: leave --plan and --adapter out, or give the original" in error
@@ -390,6 +393,7 @@ def test_a_full_disk_ends_in_one_line(tmp_path: Path, text: Path, monkeypatch: p
 def test_a_disk_that_fills_up_under_safetensors_ends_in_one_line(tmp_path: Path, text: Path) -> None:
     plan, out = SyncPlan(4, (1,)).save(tmp_path / "plan.json"), tmp_path / "healed"
     heal = ["spd", "heal", "reference", "--plan", plan, "--text", text, "--rows", 16, "--tokens", 8, "--out", out]
+    heal += ["--dtype", "float32"]
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         for size, name in ((2**20, "healing"), (2**23, "healed")):  # a block's file fails; that of the checkpoint

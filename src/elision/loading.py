@@ -13,7 +13,7 @@ from elision.errors import InputError
 from elision.families import TREATED, check_original, load_config, model_path, refusal
 
 _WHOLE = ("embed_tokens.weight", "lm_head.weight")  # that PEFT may save beside an adapter
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
@@ -30,7 +30,7 @@ def load_model(source: str, dtype: str = "float32") -> tuple[Any, Any]:
     if reason := refusal(config, "sparselora"):  # the wider of the two methods: what it cannot view, neither can
         raise InputError(reason)
     check_original(config, source)
-    model = load_whole(AutoModelForCausalLM, model_path(source), source, dtype=precision)
+    model = load_whole(AutoModelForCausalLM, model_path(source), source, dtype=precision or "auto")
     return model, load_tokenizer(source)
 
 
@@ -57,7 +57,7 @@ def load_whole(kind: Any, path: str | Path, source: str, **options: Any) -> Any:
 
 
 def named_dtype(name: str) -> Any:
-    """The torch dtype of that name.
+    """The torch dtype of that name; None for "auto", which is the checkpoint's own.
 
     Raises:
         InputError: it is none of DTYPES.
@@ -66,7 +66,7 @@ def named_dtype(name: str) -> Any:
 
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} is not known: use {', '.join(DTYPES)}")
-    return getattr(torch, name)
+    return None if name == "auto" else getattr(torch, name)
 
 
 def load_tokenizer(source: str) -> Any:

@@ -1,8 +1,9 @@
 """The command line: parse, call, show.
 
-Every command takes its options from a YAML file too (`--config`, see config.py). Exit codes: 0 done; 2 bad input, one
-line on stderr saying what and where and what to do; 130 interrupted, after which the same command resumes; 1 a rank
-that was lost, in one line too. Anything else that goes wrong is a bug of ours, shows its traceback and ends with 1.
+Every command takes its options from a YAML file too (`--config`, see config.py). Exit codes: 0 done; 2 bad input, a
+full disk or too small a GPU, one line on stderr saying what and where and what to do; 130 interrupted, after which the
+same command resumes; 1 a rank that was lost, in one line too. Anything else that goes wrong is a bug of ours, shows its
+traceback and ends with 1.
 Rooms are imported inside the commands, so that `--help` and `--version` answer at once.
 """
 

@@ -57,9 +57,21 @@ class Commands(TyperGroup):
                 raise
             typer.echo(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", err=True)
             raise typer.Exit(2) from None
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which `--help` does not import
+                raise
+            typer.echo(f"error: {self._out_of_memory(ctx.invoked_subcommand)}", err=True)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("\ninterrupted: run the same command again to resume", err=True)
             raise typer.Exit(130) from None
+
+    def _out_of_memory(self, name: str) -> str:
+        """What to say of a GPU that was too small for the command `name`."""
+        options = {option for param in self.commands[name].params for option in param.opts}
+        ways = {"--dtype": "--dtype bfloat16", "--stream": "--stream", "--batch": "a smaller --batch"}
+        named = [way for option, way in ways.items() if option in options]
+        return f"the GPU has too little memory for {name}: give {' or '.join(named) or 'a smaller model'}"
 
 
 def _writable(ctx: Any, param: Any, value: Any) -> Any:
@@ -77,7 +89,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, what it takes and what it gains; write nothing.")
 ]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16, float16; auto: as stored.")]
 RunDirectory = Annotated[
     Path | None,
     typer.Option("--run", metavar="DIR", help="Directory that keeps options, versions, log, metrics and results."),

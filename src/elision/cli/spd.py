@@ -204,11 +204,11 @@ def probe(
 def _plan(model: str, path: Path | None, ranks: int | None, dtype: str) -> tuple[PretrainedConfig, SyncPlan]:
     """The model's config and the plan to run, with everything refused that can be before ranks are started."""
     from elision.families import load_config, treatment
+    from elision.loading import named_dtype
     from elision.spd import SyncPlan
     from elision.spd.runtimes import transformers as runtime
 
-    if dtype not in (kinds := ("auto", "float32", "bfloat16", "float16")):
-        raise InputError(f"dtype {dtype!r} is not known: use {', '.join(kinds)}")
+    named_dtype(dtype)
     if path is not None and ranks is not None:
         raise InputError(f"--ranks {ranks} is given beside --plan, which says the ranks itself: leave one out")
     config = load_config(model)

@@ -55,7 +55,9 @@ def calibrate(
     step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of such a step: rows decoded at once.")] = 1,
     held_out: HeldOut = None,
     stream: Stream = False,
-    dtype: Dtype = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights; in less than float32 small losses drown in rounding.")
+    ] = "float32",
     rows: Rows = 32,
     tokens: Tokens = 512,
     run: RunDirectory = None,
@@ -140,7 +142,7 @@ def heal(
         Path | None, typer.Option(help="With --lora: also write what was learned as a file beside the untouched base.")
     ] = None,
     stream: Stream = False,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     rows: Rows = 128,
     tokens: Tokens = 512,
     run: RunDirectory = None,
