@@ -115,6 +115,13 @@ def test_a_process_of_torchrun_is_a_rank_and_starts_no_other(monkeypatch):
     assert launch(2, int, "7") == 7
 
 
+def test_fewer_gpus_than_ranks_are_refused_before_a_rank_is_started(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    sentence = "4 ranks need a GPU each, this machine has 2: use torchrun on machines that have as many"
+    with pytest.raises(InputError, match=sentence):
+        launch(4, launched.add_up, "well")
+
+
 def test_bench_times_every_variant_in_turns(tmp_path):
     place = checkpoint(tmp_path / "model", "llama", SyncPlan(2, (1,)), **SIZES)
     work = [Workload(1, 8, 2), Workload(2, 8)]

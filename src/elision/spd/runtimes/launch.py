@@ -54,11 +54,16 @@ def launch(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
         arguments: what pickle can carry.
 
     Raises:
-        InputError: a rank refused its input.
+        InputError: a rank refused its input, or there are GPUs, but fewer than ranks.
         RankLostError: a rank died or failed; the sentence names it.
     """
     if started():
         return body(*arguments)
+    if 0 < (devices := torch.cuda.device_count()) < ranks:
+        raise InputError(
+            f"{ranks} ranks need a GPU each, this machine has {devices}: use torchrun on machines that have as "
+            "many together, or hide them (CUDA_VISIBLE_DEVICES=) and compute on the CPU"
+        )
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
