@@ -78,12 +78,14 @@ def test_inspect_for_machines(tmp_path: Path) -> None:
     }
     assert shown["parameters"] == 100 * 64 + 64 + 3 * block["parameters"]
     assert shown["sparselora"] is None and shown["spd"] is None
+    assert shown["served_by"] == {"vLLM": [1, 2, 4, 8], "transformers": [1, 2, 4]}
 
 
 def test_inspect_for_people(tmp_path: Path) -> None:
     text = run("inspect", write(tmp_path, LLAMA)).stdout
-    for words in ("Llama (llama)", "0-2", "gate_proj", "176 x 64", "8 heads of 8, 4 for keys and values", "1, 2, 4, 8"):
+    for words in ("Llama (llama)", "0-2", "gate_proj", "176 x 64", "8 heads of 8, 4 for keys and values"):
         assert words in text
+    assert "ranks can be 1, 2, 4, 8" in text and "vLLM on 1, 2, 4, 8; transformers on 1, 2, 4 ranks" in text
     gemma = write(tmp_path, LLAMA | {"model_type": "gemma2", "head_dim": 16, "num_hidden_layers": 4})
     text = " ".join(run("inspect", gemma).stdout.split())
     assert "sandwich" in text and "SparseLoRA covered" in text and "SPD SPD does not cover" in text

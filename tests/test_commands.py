@@ -77,6 +77,7 @@ def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
     fast = ["--method", "fisher", "--stream", "--tiers", "0,1", "--drop", 0.25, "--recovered", "b2b=0.7"]
     code, said, _ = run(*CALIBRATE, "--text", text, "--ranks", 2, "--ranks", 4, *fast, "--out", plan)
     assert code == 0 and said.count("3 of 12 blocks") == 2 and "held-out tokens where" in said
+    assert said.count("served by vLLM and transformers") == 2
     assert {SyncPlan.load(tmp_path / f"plan-{n}.json").ranks for n in (2, 4)} == {2, 4}
     rest = ["--text", text, "--held-out", text, "--rows", 16, "--tokens", 16, "--epochs", 1, "--lr", 1e-5]
     low = ["--lora", 2, "--adapter", tmp_path / "low.safetensors", "--judging", 0.5, "--teacher-inputs"]

@@ -135,6 +135,7 @@ def test_the_card_has_plan_data_command_and_results(tmp_path):
         "| Calibration data (fingerprint) | `0123456789abcdef` |",
         "| Perplexity on it, dropped as they are | 9.25 |",
         "| Healed on | a.txt |",
+        "| Served by | no runtime: elision.spd.load computes it in one process |",
         "| Held-out data (fingerprint, tokens scored) | `fedcba9876543210`, 1,234 |",
         "| Perplexity on held-out data, as this checkpoint runs | 9.1 (+1.11%) |",
         "| Increase of perplexity that was predicted | +2.00% |",

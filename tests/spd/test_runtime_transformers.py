@@ -297,6 +297,7 @@ def test_tied_weights_are_not_missed(tmp_path):
         ("llama", {}, SyncPlan(1, (7,)), "dropped block 7 does not exist: name blocks from 0 to 2"),
         ("llama", {}, SyncPlan(2), "ranks=2 cannot share this model, they neither divide its 3 key/value heads"),
         ("llama", {}, SyncPlan(6), "6 ranks cannot share 3 key/value heads in transformers, which holds each"),
+        ("granite", {}, SyncPlan(6), "which holds each of them once: calibrate for a divisor of them"),
         ("llama", {**WIDE, "intermediate_size": 38}, SyncPlan(4), "size 38 over 4 ranks into shards"),
         ("llama", {"intermediate_size": 39}, SyncPlan(3), "this run has 1: start it with torchrun --nproc-per-node 3"),
         ("gemma2", {}, SyncPlan(1), "SPD does not cover this Gemma 2 model: its sandwich norms"),

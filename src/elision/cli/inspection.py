@@ -32,9 +32,22 @@ def inspect(
 
     description = describe(load_config(model))
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(description), indent=2))
+        typer.echo(json.dumps({**dataclasses.asdict(description), "served_by": _served_by(description)}, indent=2))
     else:
         _show(model, description)
+
+
+def _served_by(is_: Description) -> dict[str, list[int]]:
+    """Each runtime with the numbers of ranks on which it serves plans for the model, skipped attention aside."""
+    from elision.facts import ModelFacts
+    from elision.spd import SyncPlan
+    from elision.spd.serving import RUNTIMES, served_by
+
+    if is_.spd is not None:
+        return {}
+    sizes = (is_.layers, is_.heads, is_.kv_heads, is_.head_dim, is_.hidden_size, is_.intermediate_size)
+    facts = ModelFacts(is_.model_type, *sizes)
+    return {name: [n for n in is_.ranks if name in served_by(facts, SyncPlan(n))] for name in RUNTIMES}
 
 
 def _show(model: str, is_: Description) -> None:
@@ -69,6 +82,9 @@ def _show(model: str, is_: Description) -> None:
     facts.add_row("output head", "shares the embeddings' weight" if is_.tied else "has a weight of its own")
     facts.add_row("SparseLoRA", is_.sparselora or "covered")
     facts.add_row("SPD", is_.spd or f"covered; ranks can be {', '.join(map(str, is_.ranks))}")
+    served = [f"{name} on {', '.join(map(str, ranks))}" for name, ranks in _served_by(is_).items() if ranks]
+    if served:
+        facts.add_row("served by", f"{'; '.join(served)} ranks")
 
     console = Console(markup=False, highlight=False)
     console.print(table)

@@ -152,8 +152,9 @@ def heal(
     """Distil what the plan's blocks lost with their syncs, and write a checkpoint that carries the plan.
 
     Each block learns, one after another, to put out what it did with its sync
-    in place; a killed run goes on after its last whole block. The checkpoint
-    serves with vLLM or `elision spd generate`, on the plan's number of ranks.
+    in place; a killed run goes on after its last whole block. The last line says
+    which of vLLM and transformers (`elision spd generate`) serve the checkpoint,
+    on the plan's number of ranks.
 
     \b
     Example:
@@ -296,9 +297,13 @@ def _workload(
 
 def _summary(plan: SyncPlan) -> dict[str, Any]:
     """The plan's outcome as JSON values."""
+    from elision.spd.serving import served_by
+
     found: dict[str, Any] = {"ranks": plan.ranks}
     found |= {name: list(getattr(plan, name)) for name in ("dropped", "int8", "skipped", "healed")}
     found["healing"] = {str(block): how for block, how in plan.healing.items()}
+    if plan.model is not None:
+        found["served_by"] = list(served_by(plan.model, plan))
     if plan.verified is not None:
         found |= {name: getattr(plan.verified, name) for name in ("tokens", "predicted", "loss", "kl", "recovery")}
     return found
@@ -306,6 +311,8 @@ def _summary(plan: SyncPlan) -> dict[str, Any]:
 
 def _said(plan: SyncPlan, before: SyncPlan | None = None) -> str:
     """The plan's outcome in a sentence; `before` is what it was before it was carried out."""
+    from elision.spd.serving import in_words, served_by
+
     layers = "" if plan.model is None else f" of {plan.model.layers}"
     parts = [f"{len(plan.dropped)}{layers} blocks drop their first sync on {plan.ranks} ranks"]
     parts += [
@@ -314,6 +321,8 @@ def _said(plan: SyncPlan, before: SyncPlan | None = None) -> str:
         if blocks
     ]
     parts += [f"{len(plan.healing)} are to be healed"] if plan.healing else []
+    if plan.model is not None:
+        parts.append(f"served by {in_words(served_by(plan.model, plan))}")
     found = plan.verified
     if found is None:
         return ", ".join([*parts, "not verified, for no row of text was left over: give more text, or shorter rows"])

@@ -40,6 +40,7 @@ from elision.spd.card import card
 from elision.spd.corrections import NAME, attach, correction_of, fill
 from elision.spd.lowrank import NAME as LOWRANK
 from elision.spd.plan import SyncPlan
+from elision.spd.serving import in_words, served_by
 from elision.spd.simulate import Simulation, check_carried, covered, facts, made_for, simulate
 from elision.streaming import is_streamed, places, resident
 
@@ -106,7 +107,8 @@ def save(
             _write(view.model, plan, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        files.write_text(temporary / "README.md", card(plan, type(view.model).__name__, command, results or {}))
+        told = {"Served by": in_words(served_by(facts(view), plan)), **(results or {})}
+        files.write_text(temporary / "README.md", card(plan, type(view.model).__name__, command, told))
         _move(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -63,14 +63,18 @@ def check_fits(config: PretrainedConfig, plan: SyncPlan) -> None:
     config = family_config(config)
     if reason := refusal(config, "spd"):
         raise InputError(reason)
-    text = config.get_text_config()
-    check_ranks(text, plan.ranks)
-    heads, kv_heads, head_dim = attention_shape(text)
-    intermediate = intermediate_size(text)
-    sizes = (text.num_hidden_layers, heads, kv_heads, head_dim, text.hidden_size, intermediate)
-    plan.check(ModelFacts(text.model_type, *sizes))
+    check_ranks(config.get_text_config(), plan.ranks)
+    plan.check(facts_of(config))
     if unknown := sorted(set(plan.to_dict()) - KNOWN - RECORDS):
         raise InputError(f"plan uses {unknown[0]}, which only the simulation runs: run it with elision.spd.load")
+
+
+def facts_of(config: PretrainedConfig) -> ModelFacts:
+    """The geometry of the model that `config` describes."""
+    text = config.get_text_config()
+    heads, kv_heads, head_dim = attention_shape(text)
+    sizes = (text.num_hidden_layers, heads, kv_heads, head_dim, text.hidden_size, intermediate_size(text))
+    return ModelFacts(text.model_type, *sizes)
 
 
 def corrections_of(source: str | Path, plan: SyncPlan) -> dict[int, dict[str, Tensor]]:

@@ -41,7 +41,8 @@ from elision.spd.block import LocalBlock, add_residual, mlp_share, plain_block, 
 from elision.spd.corrections import NAME as CORRECTION
 from elision.spd.plan import SyncPlan
 from elision.spd.runtimes import ranks
-from elision.spd.runtimes.checkpoint import check_fits, corrections_of, fingerprint, plan_of
+from elision.spd.runtimes.checkpoint import check_fits, corrections_of, facts_of, fingerprint, plan_of
+from elision.spd.serving import served_by
 from elision.spd.simulate import check_carried
 
 TIMEOUT = 10.0  # seconds that a rank waits for another within one all-reduce
@@ -316,9 +317,10 @@ def planned(source: str | Path, plan: SyncPlan | None) -> tuple[PretrainedConfig
     heads, kv_heads, _ = attention_shape(config.get_text_config())
     intermediate = intermediate_size(config.get_text_config())
     if kv_heads % plan.ranks:
+        other = "serve with vLLM, or " if "vLLM" in served_by(facts_of(config), plan) else ""
         raise InputError(
             f"{plan.ranks} ranks cannot share {kv_heads} key/value heads in transformers, which holds each of them "
-            "once: serve with vLLM, or calibrate for a divisor of them"
+            f"once: {other}calibrate for a divisor of them"
         )
     widest = -(-intermediate // plan.ranks)
     for rank in range(plan.ranks):
