@@ -42,8 +42,8 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 def disk_errors(path: str | Path | None = None) -> Iterator[None]:
     """What libraries say of the disk as the OSError that it is, of `path` where it names no file of its own.
 
-    safetensors raises an error of its own ("... File too large (os error 27)"), torch.save a RuntimeError without the
-    reason, and a write to an open file an OSError without the name.
+    safetensors raises an error of its own ("... File too large (os error 27)"), tokenizers a plain Exception of the
+    same words, torch.save a RuntimeError without the reason, a write to an open file an OSError without the name.
     """
     try:
         yield
@@ -58,7 +58,8 @@ def _disk_error(error: Exception) -> int | None:
     """The number of the system's error that `error` stands for; None: it is not of the disk."""
     if isinstance(error, OSError):
         return error.errno if error.errno in OF_THE_DISK else None
-    if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", str(error))):
+    of_rust = type(error) is Exception or type(error).__name__ == "SafetensorError"
+    if of_rust and (number := re.search(r"\(os error (\d+)\)", str(error))):
         return int(number[1])
     if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|unexpected pos|iostream error", str(error)):
         return errno.EIO

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from elision import InputError, spd
 from elision.blocks import decoder, describe, load_config
-from elision.loading import load_model
+from elision.loading import load_model, load_tokenizer
 from elision.spd import Calibration, SyncPlan, artifact, corrections
 from elision.spd.simulate import carry, facts
 from tests.spd.tiny import bits, corrected, tiny, token_ids
@@ -200,6 +202,19 @@ class TestAnotherModelThanTheHealedOne:
 
 
 class TestWholeOrAbsent:
+    def test_a_disk_that_fills_up_under_the_tokenizer_is_told(self, tmp_path):
+        model, tokenizer = tiny("llama", dtype=torch.bfloat16), load_tokenizer("reference")
+        limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # weights fit, the tokenizer does not
+            with pytest.raises(OSError, match="File too large") as caught:
+                spd.save(model, ZERO_SHOT, tmp_path / "out", tokenizer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "out"))
+        assert not everything(tmp_path)
+
     def test_a_failure_while_writing_leaves_what_was_there(self, tmp_path, monkeypatch):
         model, out = tiny("llama"), tmp_path / "out"
         for there in (None, SyncPlan(3, (1,))):

@@ -105,8 +105,8 @@ def save(
     try:
         with files.disk_errors(place):
             _write(view.model, plan, temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
         told = {"Served by": in_words(served_by(facts(view), plan)), **(results or {})}
         files.write_text(temporary / "README.md", card(plan, type(view.model).__name__, command, told))
         _move(temporary, place)
