@@ -80,6 +80,14 @@ class TestEveryFamily:
         dense = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
         assert not torch.equal(cached, dense)
 
+    def test_a_static_cache_filled_in_chunks_is_told_of_tokens_that_attention_skips(self, family):
+        model = tiny(family)
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        with simulate(model, SyncPlan(3, skipped=(0, 2))):
+            cached = model.generate(**left_padded(), **options)
+            static = {"cache_implementation": "static", "prefill_chunk_size": 3}  # which makes room ahead of all blocks
+            assert torch.equal(model.generate(**left_padded(), **options, **static), cached)
+
     def test_removal_restores_bit_for_bit(self, family):
         model = tiny(family)
         dense, state, keys = logits(model), bits(model), [vars(module).keys() for module in model.modules()]

@@ -275,7 +275,7 @@ def skipped_layer(block: Block, ranks: int, hidden_states: Tensor, **kwargs: Any
     cache = kwargs.get("past_key_values")
     if cache is not None:
         batch, tokens = hidden_states.shape[:2]
-        nothing = hidden_states.new_zeros(batch, 1, tokens, 1)
+        nothing = hidden_states.new_zeros(batch, block.kv_heads, tokens, block.head_dim)  # static ones have this shape
         cache.update(nothing, nothing, block.index)
     local = [local_block(block, rank, ranks) for rank in range(ranks)]
     total = reduce(torch.add, (mlp_share(hidden_states, part) for part in local))

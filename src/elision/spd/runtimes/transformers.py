@@ -207,7 +207,9 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
         correction = corrections[block.index] if block.index in plan.corrections else {}
         local = _local_block(block, rank, own, correction)
         if block.index in plan.skipped:
-            handle._replace(block.layer, partial(_skipped_layer, block.index, local, all_reduce))
+            kv_heads = block.kv_heads if block.q.rows is not None else block.kv_heads // size
+            skip = partial(_skipped_layer, block.index, (kv_heads, block.head_dim), local, all_reduce)
+            handle._replace(block.layer, skip)
             continue
         gathered = own if block.q.rows is not None else None  # fused: each rank has the heads of all
         step = spd_block if block.index in plan.dropped else partial(plain_block, first=int8_reduce)
@@ -231,14 +233,21 @@ def _layer(
 
 
 def _skipped_layer(
-    index: int, local: LocalBlock, all_reduce: Callable[[Tensor], Tensor], hidden_states: Tensor, **kwargs: Any
+    index: int,
+    keys: tuple[int, int],
+    local: LocalBlock,
+    all_reduce: Callable[[Tensor], Tensor],
+    hidden_states: Tensor,
+    **kwargs: Any,
 ) -> Tensor:
     """The decoder layer's forward without attention: X + r (MLP(norm(X)) + c), equal on every rank.
 
-    A key/value cache is still told how many tokens went by, because the model asks its first block for that.
+    A key/value cache is still told how many tokens went by, because the model asks its first block for that, in zeros of
+    `keys` (heads, head_dim), which a static one may have made room for.
     """
     if (cache := kwargs.get("past_key_values")) is not None:
-        nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+        batch, tokens = hidden_states.shape[:2]
+        nothing = hidden_states.new_zeros(batch, keys[0], tokens, keys[1])
         cache.update(nothing, nothing, index)
     total = all_reduce(mlp_share(hidden_states, local))
     return add_residual(hidden_states, total, local.residual_multiplier, local.down_bias)
