@@ -233,6 +233,19 @@ class TestLimits:
             Limit(**values)
 
 
+@pytest.mark.parametrize("method", ["sequential", "fisher"])
+def test_weights_are_hashed_once_however_much_is_measured(method, tmp_path, monkeypatch):
+    hashed = []
+    whole = streams.hash_weights
+    monkeypatch.setattr(streams, "hash_weights", lambda *given: hashed.append(given) or whole(*given))
+    work = Workload(Link(3, alpha=0.0, beta=1e-3), layers=3, hidden=24, tokens=9)
+    settings = {"method": method, "workload": work, "held_out": APART, "quiet": True}
+    first = calibrate(tiny("llama"), DATA, 3, state=tmp_path / "state.json", **settings)
+    assert len(hashed) == 1
+    assert calibrate(tiny("llama"), DATA, 3, state=tmp_path / "state.json", **settings) == first
+    assert calibrate(tiny("llama"), DATA, 3, **settings) == first and len(hashed) == 2
+
+
 class TestMixtures:
     slow = Link(3, alpha=0.0, beta=1e-3)  # every byte counts, so int8 saves
 

@@ -128,3 +128,29 @@ def test_one_rank_costs_nothing_and_the_model_is_left_as_it_was(method):
 def test_an_unknown_method_is_refused():
     with pytest.raises(InputError, match="method 'random' is not known: use one of sequential, single, fisher, output"):
         order(tiny("llama"), DATA, 3, "random", quiet=True)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("method", ["fisher", "output_error", "integrated"])
+def test_a_run_that_was_cut_short_goes_on_after_its_last_whole_batch(method, tmp_path, monkeypatch):
+    model, calls = graded(), []
+    name = "_slopes" if method == "integrated" else "_batch"
+    work = getattr(proxies, name)
+
+    def scored(ranks: int = 3):
+        return proxies.all_scores(decoder(model), DATA, [("dropped", ranks)], method, tmp_path / "state.json", True)
+
+    def interrupted(*given):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(given)
+        return work(*given)
+
+    expected = scores(model, DATA, 3, method, quiet=True)
+    monkeypatch.setattr(proxies, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scored()
+    monkeypatch.setattr(proxies, name, lambda *given: calls.append(given) or work(*given))
+    total = len(DATA) * (proxies.GROUPS if method == "integrated" else 1)
+    assert scored() == (expected,) and len(calls) == total
+    assert scored() == (expected,) and len(calls) == total
+    assert scored(6) != (expected,) and len(calls) == 2 * total

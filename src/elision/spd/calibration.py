@@ -30,7 +30,7 @@ from elision.spd.planner import RECOVERED, Workload, choose, options, recoveries
 from elision.spd.proxies import Method, all_scores
 from elision.spd.sensitivity import ascending, covered_by_all, curves
 from elision.spd.simulate import facts
-from elision.spd.streams import IGNORED, Batch, Quality, check_batches, measure, next_tokens
+from elision.spd.streams import IGNORED, Batch, Journal, Quality, check_batches, measure, next_tokens
 
 DEFAULT_LOSS = 0.01
 TRIES = 8  # plans measured at most before a mixed one is given up
@@ -213,9 +213,10 @@ def calibrations(
         )
     data = check_batches(batches, view.config)
     apart = None if held_out is None else check_batches(held_out, view.config)
-    scores = all_scores(view, data, [("dropped", n) for n in several], method, state, quiet)
+    journal = Journal(state, view)
+    scores = all_scores(view, data, [("dropped", n) for n in several], method, journal, quiet)
     orders = [ascending(each) for each in scores]
-    found = curves(view, data, list(zip(several, orders, strict=True)), state, quiet)
+    found = curves(view, data, list(zip(several, orders, strict=True)), journal, quiet)
     versions = {
         "elision": elision.__version__,
         "torch": torch.__version__,
@@ -239,11 +240,11 @@ def calibrations(
         if workload is None:
             plan, loss = _prefix(n, limit, order, curve, tiered, view.blocks[0].kv_heads)
         else:
-            plan, loss = _mixed(view, data, n, limit, workload, method, state, quiet)
+            plan, loss = _mixed(view, data, n, limit, workload, method, journal, quiet)
         plans.append(replace(plan, model=facts(view), calibration=measured))
         losses.append(loss)
     if apart is not None:
-        plans = verify_all(view, apart, plans, losses, state, quiet)
+        plans = verify_all(view, apart, plans, losses, journal, quiet)
     return tuple(plans)
 
 
@@ -289,11 +290,11 @@ def _mixed(
     limit: Limit,
     workload: Workload,
     method: str,
-    state: str | Path | None,
+    journal: Journal,
     quiet: bool,
 ) -> tuple[SyncPlan, float]:
     """The mixture of treatments that saves most within max_loss, measured as a whole, and its predicted loss."""
-    dense, losses = _alone(view, data, ranks, limit.treatments, method, state, quiet)
+    dense, losses = _alone(view, data, ranks, limit.treatments, method, journal, quiet)
     allowed = DEFAULT_LOSS if limit.max_loss is None else limit.max_loss
     blocks = options(losses, workload, ("b2b",) if limit.healing else (), limit.recovered)
     budget = allowed
@@ -303,7 +304,7 @@ def _mixed(
         healing = {block: pick.healing for block, pick in taken.items() if pick.healing is not None}
         plan = SyncPlan.of(ranks, {block: pick.treatment for block, pick in taken.items()}, healing)
         title = "Mixed treatments"
-        measured = measure(view, data, [plan], state=state, quiet=quiet, title=title)[0].perplexity / dense - 1
+        measured = measure(view, data, [plan], state=journal, quiet=quiet, title=title)[0].perplexity / dense - 1
         # What healing should win back of the measured loss.
         won = sum(losses["dropped"][block] * limit.recovered[how] for block, how in plan.healing.items())
         loss = measured - won
@@ -319,7 +320,7 @@ def _alone(
     ranks: int,
     treatments: Sequence[str],
     method: str,
-    state: str | Path | None,
+    journal: Journal,
     quiet: bool,
 ) -> tuple[float, dict[str, list[float]]]:
     """Dense perplexity, and the relative loss of each of `treatments` of each block alone.
@@ -328,14 +329,14 @@ def _alone(
     the model's own would show and never negative.
     """
     if method not in ("sequential", "single"):  # of the fast ones, the one that covers every treatment
-        (dense,) = measure(view, data, [SyncPlan(ranks)], state=state, quiet=quiet, title="Dense perplexity")
-        scores = all_scores(view, data, [(how, ranks) for how in treatments], "fisher", state, quiet)
+        (dense,) = measure(view, data, [SyncPlan(ranks)], state=journal, quiet=quiet, title="Dense perplexity")
+        scores = all_scores(view, data, [(how, ranks) for how in treatments], "fisher", journal, quiet)
         return dense.perplexity, {
             how: [score / dense.perplexity for score in own] for how, own in zip(treatments, scores, strict=True)
         }
     plans = [SyncPlan.of(ranks, {block.index: how}) for how in treatments for block in view.blocks]
     title = f"Each treatment of each block, {ranks} ranks"
-    dense, *found = measure(view, data, [SyncPlan(ranks), *plans], state=state, quiet=quiet, title=title)
+    dense, *found = measure(view, data, [SyncPlan(ranks), *plans], state=journal, quiet=quiet, title=title)
     losses = [max(each.perplexity / dense.perplexity - 1, each.kl) for each in found]
     size = len(view.blocks)
     return dense.perplexity, {how: losses[i * size : (i + 1) * size] for i, how in enumerate(treatments)}
@@ -346,12 +347,12 @@ def verify_all(
     data: Sequence[Batch],
     plans: Sequence[SyncPlan],
     losses: Sequence[float],
-    state: str | Path | None,
+    journal: Journal,
     quiet: bool,
 ) -> list[SyncPlan]:
     """Each plan with its `verified`; losses[i] is what was predicted of plan i, and the weights are the original's."""
     title = "Held-out text"
-    dense, *found = measure(view, data, [SyncPlan(1), *plans], state=state, quiet=quiet, title=title)
+    dense, *found = measure(view, data, [SyncPlan(1), *plans], state=journal, quiet=quiet, title=title)
     return [
         replace(plan, verified=verified(data, dense, quality, quality, loss))
         for plan, loss, quality in zip(plans, losses, found, strict=True)

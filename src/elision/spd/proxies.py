@@ -27,7 +27,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -44,6 +43,8 @@ from elision.spd.simulate import Simulation, check_plain, check_visited, head_ou
 from elision.spd.streams import (
     IGNORED,
     Batch,
+    Journal,
+    State,
     check_batches,
     evaluating,
     losses,
@@ -92,7 +93,7 @@ def all_scores(
     data: Sequence[Batch],
     ways: Sequence[tuple[str, int]],
     method: str,
-    state: str | Path | None,
+    state: State,
     quiet: bool,
 ) -> tuple[tuple[float, ...], ...]:
     """`scores` for each (treatment, ranks) of `ways`, what they share computed once; data is checked already."""
@@ -117,19 +118,24 @@ def all_scores(
     else:
         for block in view.blocks:
             check_plain(block)
+    journal = Journal.of(state, view)
     if method == "integrated":
-        return tuple(_integrated(view, data, ranks, quiet) for _, ranks in ways)
+        return tuple(_integrated(view, data, ranks, journal, quiet) for _, ranks in ways)
     fisher = method == "fisher"
     sums = torch.zeros(len(ways), len(view.blocks), 2, dtype=torch.float64)
-    total, tokens = 0.0, 0
     title = f"Sync sensitivity, {method.replace('_', ' ')}, {_said(ways)}"
+    rows = journal.rows(data, [method, ways])
     with evaluating(view.model), progress(title, len(data), quiet) as advance:
-        for batch in data:
+        advance(len(rows))
+        for batch in data[len(rows) :]:
             loss, parts = _batch(view, batch, ways, fisher)
-            sums += parts
-            total += loss
-            tokens += int((next_tokens(batch) != IGNORED).sum())
+            rows.append((loss, parts.tolist()))
+            journal.keep()
             advance(1)
+    total, tokens = 0.0, _scored(data)
+    for loss, parts in rows:
+        sums += torch.tensor(parts, dtype=torch.float64)
+        total += loss
     if not fisher:
         return tuple(tuple(row.tolist()) for row in sums[..., 0] / sums[..., 1])
     return tuple(tuple(row.tolist()) for row in math.exp(total / tokens) * sums[..., 0] / tokens)
@@ -181,22 +187,32 @@ def _batch(view: Decoder, batch: Batch, ways: Sequence[tuple[str, int]], fisher:
     return loss, found
 
 
-def _integrated(view: Decoder, data: Sequence[Batch], ranks: int, quiet: bool) -> tuple[float, ...]:
+def _scored(data: Sequence[Batch]) -> int:
+    """Tokens that are scored."""
+    return sum(int((next_tokens(batch) != IGNORED).sum()) for batch in data)
+
+
+def _integrated(view: Decoder, data: Sequence[Batch], ranks: int, journal: Journal, quiet: bool) -> tuple[float, ...]:
     """dPPL/dt of every block, at its group's midpoint."""
     layers = len(view.blocks)
     groups = min(GROUPS, layers)
-    tokens = sum(int((next_tokens(batch) != IGNORED).sum()) for batch in data)
+    tokens = _scored(data)
     found = [0.0] * layers
     with evaluating(view.model), progress("Sync sensitivity, integrated", groups * len(data), quiet) as advance:
         for group in range(groups):
             first, last = (layers * edge // groups for edge in (group, group + 1))
             dropped = torch.tensor([0.0] * first + [0.5] * (last - first) + [1.0] * (layers - last))
-            total, slopes = 0.0, torch.zeros(layers, dtype=torch.float64)
-            for batch in data:
+            rows = journal.rows(data, ["integrated", ranks, dropped.tolist()])
+            advance(len(rows))
+            for batch in data[len(rows) :]:
                 loss, slope = _slopes(view, batch, ranks, dropped)
-                total += loss
-                slopes += slope
+                rows.append((loss, slope.tolist()))
+                journal.keep()
                 advance(1)
+            total, slopes = 0.0, torch.zeros(layers, dtype=torch.float64)
+            for loss, slope in rows:
+                total += loss
+                slopes += torch.tensor(slope, dtype=torch.float64)
             found[first:last] = (math.exp(total / tokens) * slopes / tokens).tolist()[first:last]
     return tuple(found)
 

@@ -22,7 +22,7 @@ from elision.blocks import Decoder
 from elision.errors import InputError
 from elision.spd.plan import SyncPlan
 from elision.spd.simulate import covered, facts
-from elision.spd.streams import Batch, Quality, check_batches, check_weights, measure
+from elision.spd.streams import Batch, Quality, State, check_batches, check_weights, measure
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def covered_by_all(model: nn.Module, ranks: Sequence[int]) -> Decoder:
 
 
 def sequential(
-    view: Decoder, batches: Sequence[Batch], ranks: Sequence[int], state: str | Path | None, quiet: bool
+    view: Decoder, batches: Sequence[Batch], ranks: Sequence[int], state: State, quiet: bool
 ) -> tuple[Sensitivity, ...]:
     """`sensitivities` of what is checked already."""
     layers = len(view.blocks)
@@ -144,7 +144,7 @@ def curves(
     view: Decoder,
     batches: Sequence[Batch],
     orders: Sequence[tuple[int, Sequence[int]]],
-    state: str | Path | None,
+    state: State,
     quiet: bool,
     title: str = "Zero-shot curve",
 ) -> tuple[tuple[Quality, ...], ...]:

@@ -17,7 +17,7 @@ does, and falls apart less with the text.
 
 Losses are kept per batch and plan, in a state file if one is given, rewritten after each batch. A run that was killed
 goes on after its last whole batch, and ends with the same numbers bit for bit. The file is a journal of measurements
-keyed by weights, data and plans: several runs may share one, and none reads another's.
+keyed by weights, data and plans: several runs may use one in turn, and none reads another's.
 """
 
 from __future__ import annotations
@@ -63,13 +63,50 @@ class Quality(NamedTuple):
     kl: float  # mean KL divergence from the dense model, nats a scored token
 
 
+class Journal:
+    """A state file: rows of measurements of one model, a row a batch, each list under the hash of what it follows from.
+
+    The weights are hashed once, when the journal is opened, for that reads all of them: they must not change meanwhile.
+    """
+
+    def __init__(self, path: str | Path | None, view: Decoder) -> None:
+        """Open `path`; None: nothing is kept."""
+        self.path = None if path is None else Path(path)
+        self.lists: dict[str, list[Any]] = {}
+        if self.path is not None:
+            self.lists = _read_journal(self.path)
+            digest = hashlib.sha256()
+            hash_weights(digest, view)
+            self.weights = digest.hexdigest()
+
+    @classmethod
+    def of(cls, state: State, view: Decoder) -> Journal:
+        """`state` itself where it is a journal already."""
+        return state if isinstance(state, Journal) else cls(state, view)
+
+    def rows(self, batches: Sequence[Batch], what: Any) -> list[Any]:
+        """The rows that are known of the measurement that `what`, JSON values, names; new ones are appended to it."""
+        if self.path is None:
+            return []
+        key = json.dumps([fingerprint(batches), what, self.weights])
+        return self.lists.setdefault(hashlib.sha256(key.encode()).hexdigest()[:16], [])
+
+    def keep(self) -> None:
+        """Write what is known."""
+        if self.path is not None:
+            files.write_json(self.path, {"version": VERSION, "losses": self.lists})
+
+
+State = str | Path | Journal | None  # what is given for a state file
+
+
 def measure(
     view: Decoder,
     batches: Sequence[Batch],
     plans: Sequence[SyncPlan],
     *,
     reference: Sequence[Tensor] | None = None,
-    state: str | Path | None = None,
+    state: State = None,
     quiet: bool = False,
     title: str = "Measuring perplexity",
 ) -> tuple[Quality, ...]:
@@ -81,7 +118,7 @@ def measure(
         plans: what to measure; corrections that they name must be in the model.
         reference: what `last_hidden` gave for the model that divergence is taken from, where its blocks were another's
             weights than `view`'s; by default `view` itself with every sync in place.
-        state: file to resume from and to keep up to date.
+        state: file to resume from and to keep up to date, or its `Journal` where several measurements share one.
         quiet: show no progress bar.
         title: what the bar says.
 
@@ -94,16 +131,15 @@ def measure(
     if reference is None and dense not in ways:
         ways.append(dense)
     targets = [next_tokens(batch) for batch in batches]
-    journal = _read_journal(state)
-    rows = journal.setdefault(_key(view, batches, ways), []) if state is not None else []
+    journal = Journal.of(state, view)
+    rows = journal.rows(batches, ways)
     cost = sum(len({way[: block.index + 1] for way in ways}) for block in view.blocks) + len(ways)
     with evaluating(view.model), progress(title, cost * len(batches), quiet) as advance:
         advance(cost * len(rows))
         known: Sequence[Tensor | None] = reference or [None] * len(batches)
         for batch, target, base in list(zip(batches, targets, known, strict=True))[len(rows) :]:
             rows.append(_sums(view, batch, target, ways, base, advance))
-            if state is not None:
-                files.write_json(state, {"version": VERSION, "losses": journal})
+            journal.keep()
     tokens = sum(int((target != IGNORED).sum()) for target in targets)
     return tuple(_quality(column, tokens) for column in list(zip(*rows, strict=True))[: len(plans)])
 
@@ -281,12 +317,6 @@ def check_weights(view: Decoder, plan: SyncPlan | None = None) -> None:
         )
 
 
-def _key(view: Decoder, batches: Sequence[Batch], ways: Sequence[tuple[Way, ...]]) -> str:
-    digest = hashlib.sha256(json.dumps([fingerprint(batches), ways]).encode())
-    hash_weights(digest, view)
-    return digest.hexdigest()[:16]
-
-
 def hash_weights(digest: Any, view: Decoder) -> None:
     """Feed every tensor of the model to a hashlib digest, block by block: the same whether it is streamed or not.
 
@@ -311,8 +341,8 @@ def hash_weights(digest: Any, view: Decoder) -> None:
                 hash_tensor(digest, f"{prefix}{name}", tensor)
 
 
-def _read_journal(state: str | Path | None) -> dict[str, list[list[Sums]]]:
-    if state is None or not Path(state).exists():
+def _read_journal(state: Path) -> dict[str, list[Any]]:
+    if not state.exists():
         return {}
     data = files.read_json(state, "state file")
     if not isinstance(data, dict) or data.get("version") != VERSION or not isinstance(data.get("losses"), dict):
