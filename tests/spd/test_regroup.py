@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from elision import InputError
 from elision.blocks import decoder
 from elision.spd import SyncPlan, correct, regroup, simulate, ungroup
 from elision.spd.activations import sources
 from elision.spd.block import mlp_share, spd_output
-from elision.spd.regroup import inverse, permute
+from elision.spd.regroup import _eager, _gram, inverse, permute
 from elision.spd.simulate import carry, local_block
 from tests.spd.tiny import bits, left_padded, tiny, token_ids
 
@@ -95,6 +96,32 @@ def test_grouped_queries_move_with_the_keys_that_they_read():
     assert bits(model) == weights
     order = regroup(model, PLAN, DATA, quiet=True).plan.heads[0]
     assert all(order[p + 1] == order[p] + 1 and order[p] % 2 == 0 for p in range(0, 6, 2))
+
+
+class _Doubles(TorchDispatchMode):
+    """Notes the most numbers that a tensor in float64 holds."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+            self.most = max(self.most, out.numel())
+        return out
+
+
+@torch.no_grad()
+def test_score_maps_are_compared_row_by_row_in_float64():
+    view = decoder(tiny("llama", dtype=torch.float32))
+    block = view.blocks[0]
+    with _eager(view):
+        (source,) = sources(view, [left_padded((7, 12, 4))])
+        with _Doubles() as doubles:
+            found = _gram(block, source.embedded, source)
+        maps = block.attention(hidden_states=block.attention_norm(source.embedded), **source.kwargs[0])[1]
+    assert doubles.most == 6 * 12 * 12  # one row's, where the batch has 23 queries
+    flat = maps.transpose(0, 1)[:, source.real].flatten(1).double()
+    torch.testing.assert_close(found, flat @ flat.T, rtol=1e-12, atol=0)
 
 
 def test_padding_does_not_matter():

@@ -174,8 +174,11 @@ def _gram(block: Block, x: Tensor, source: Source) -> Tensor:
     assert block.attention_norm is not None
     normed = block.attention_norm(x)
     maps = block.attention(hidden_states=normed, **source.kwargs[block.index])[1]  # (batch, heads, query, key)
-    flat = maps.transpose(0, 1)[:, source.real].flatten(1).double()
-    return flat @ flat.T
+    found = maps.new_zeros((block.heads, block.heads), dtype=torch.float64)
+    for row, real in zip(maps, source.real, strict=True):  # one at a time: in float64, a batch of maps is large
+        flat = row[:, real].flatten(1).double()
+        found += flat @ flat.T
+    return found
 
 
 def _squares(block: Block, groups: Sequence[Sequence[int]], x: Tensor, source: Source) -> Tensor:
