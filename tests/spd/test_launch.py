@@ -22,7 +22,7 @@ from elision.errors import InputError
 from elision.evaluate import answers
 from elision.loading import load_model, load_tokenizer
 from elision.spd import SyncPlan, simulate
-from elision.spd.runtimes import latency, tasks
+from elision.spd.runtimes import latency, ranks, tasks
 from elision.spd.runtimes import transformers as runtime
 from elision.spd.runtimes.latency import Workload
 from elision.spd.runtimes.launch import launch
@@ -145,6 +145,28 @@ def test_variants_take_turns_forwards_and_backwards_and_the_first_turn_is_to_war
     found = latency.compare({name: variant(name) for name in "abc"}, [work], turns=2)
     assert "".join(order) == "abc" + "cba" + "abc"
     assert found == {work.name: {"a": [6.0, 7.0], "b": [5.0, 8.0], "c": [4.0, 9.0]}}
+
+
+def test_bench_gives_slow_ranks_the_time_that_is_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr("elision.spd.runtimes.launch.launch", lambda *given: seen.append(given))
+    assert CliRunner().invoke(app, ["spd", "bench", "reference", "--ranks", "2", "--timeout", "45"]).exit_code == 0
+    assert seen[0][:2] == (2, tasks.bench) and seen[0][-1] == 45.0
+    monkeypatch.setattr(tasks, "_quiet", lambda: None)
+    monkeypatch.setattr(tasks.runtime, "load", lambda *_, **options: seen.append(options["timeout"]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tasks.bench(*seen[0][2:])
+    assert seen[-1] == 45.0
+
+
+def test_nccl_keeps_its_own_time_limit(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_set_pg_timeout", lambda *given: seen.append(given))
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        ranks.limit(10.0)
+    assert len(seen) == 1
 
 
 def test_bench_times_a_plan_that_only_skips_attention_and_names_no_ideal(tmp_path):

@@ -39,6 +39,7 @@ app.command()(spd_plan.heal)
 Plan = Annotated[Path | None, typer.Option(help="A plan's file, where the checkpoint carries none.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks that keep all syncs, where there is no plan.")]
 Weights = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16, float16; auto: as stored.")]
+Timeout = Annotated[float, typer.Option(min=1.0, help="Seconds that a rank waits for another in a sync, on CPUs.")]
 
 
 @app.command()
@@ -52,7 +53,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     dtype: Weights = "auto",
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that a rank waits for another in a sync.")] = 10.0,
+    timeout: Timeout = 10.0,
     run: RunDirectory = None,
     as_json: Json = False,
 ) -> None:
@@ -108,6 +109,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after the first prompt.")] = 16,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each variant.")] = 5,
     dtype: Weights = "auto",
+    timeout: Timeout = 10.0,
     run: RunDirectory = None,
     as_json: Json = False,
 ) -> None:
@@ -134,7 +136,7 @@ def bench(
         raise InputError("the plan is for 1 rank, which has no syncs to time: give a plan for two or more, or --ranks")
     work = [Workload(rows, prompt_tokens[0], new_tokens) for rows in batch] + [Workload(1, n) for n in prompt_tokens]
     with run_directory(ctx, run) as kept:
-        rows = _launch(chosen.ranks, tasks.bench, model, chosen, work, turns, dtype)
+        rows = _launch(chosen.ranks, tasks.bench, model, chosen, work, turns, dtype, timeout)
         if rows is None:
             return
         for row in rows:

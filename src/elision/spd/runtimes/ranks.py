@@ -82,8 +82,11 @@ def from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:
 
 
 def limit(seconds: float, *groups: dist.ProcessGroup) -> None:
-    """From now on a collective operation of these groups, and of all ranks, fails after `seconds` without an answer."""
-    if dist.is_initialized():
+    """From now on a collective operation of these groups, and of all ranks, fails after `seconds` without an answer.
+
+    On GPUs it does not: NCCL would end every rank that waits, and so the healthy ones first.
+    """
+    if dist.is_initialized() and not torch.cuda.is_available():
         for group in (None, *groups):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
@@ -92,7 +95,8 @@ def limit(seconds: float, *groups: dist.ProcessGroup) -> None:
 def naming_the_lost(seconds: float) -> Iterator[None]:
     """Turn a failed collective operation inside into an error that names the rank which caused it.
 
-    `seconds` is what `limit` was given: no surviving rank is silent for longer.
+    `seconds` is what `limit` was given: no surviving rank is silent for longer. That is gloo's way. A rank that waits
+    in NCCL for another raises nothing here: the launcher finds the lost one, ends the others and names it (launch.py).
 
     Raises:
         RankLostError: another rank died, or failed with an error of its own.

@@ -35,7 +35,12 @@ def generate(
 
 
 def bench(
-    source: str, plan: SyncPlan, workloads: Sequence[latency.Workload], turns: int, dtype: str
+    source: str,
+    plan: SyncPlan,
+    workloads: Sequence[latency.Workload],
+    turns: int,
+    dtype: str,
+    timeout: float = runtime.TIMEOUT,
 ) -> list[dict[str, Any]]:
     """Milliseconds under all syncs, `plan`, all syncs dropped and all in int8, by workload and plan.
 
@@ -44,8 +49,8 @@ def bench(
     other sizes, say instead.
     """
     _quiet()
-    model = runtime.load(source, plan, dtype=dtype, drop=False)
-    layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
+    model = runtime.load(source, plan, dtype=dtype, timeout=timeout, drop=False)
+    layers, hidden, width = model.config.num_hidden_layers, model.config.hidden_size, model.dtype.itemsize
     everything = tuple(range(layers))
     plans = {
         "all syncs": SyncPlan(plan.ranks),
@@ -62,7 +67,6 @@ def bench(
     link, _ = latency.probe()
     rows = []
     for workload in workloads:
-        width = 4 if dtype == "float32" else model.dtype.itemsize
         sync = latency.cold_all_reduce(width * hidden * workload.passing, 10 * turns)
         took = {name: statistics.median(seconds) for name, seconds in times[workload.name].items()}
         for name, each in plans.items():

@@ -65,7 +65,7 @@ def load(
         source: a checkpoint's directory or Hugging Face id, or "reference".
         plan: used where the checkpoint carries none, or instead of an untreated checkpoint's own.
         dtype: of the weights; "auto" keeps the checkpoint's.
-        timeout: seconds that a rank waits for another within one all-reduce of the loaded model.
+        timeout: seconds that a rank waits for another within one all-reduce of the loaded model, on CPUs.
         drop: whether the planned syncs are dropped now; `drop_syncs` does it later.
 
     Raises:
@@ -123,7 +123,7 @@ def generate(model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], **op
 
     Raises:
         InputError: a token outside the vocabulary, which ranks with a part of the embeddings each take for zeros.
-        RankLostError: another rank died or failed meanwhile.
+        RankLostError: another rank died or failed meanwhile. On GPUs, where ranks meet in NCCL, the launcher says so.
     """
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     with ranks.naming_the_lost(getattr(model, _LIMIT)):
@@ -242,8 +242,8 @@ def _skipped_layer(
 ) -> Tensor:
     """The decoder layer's forward without attention: X + r (MLP(norm(X)) + c), equal on every rank.
 
-    A key/value cache is still told how many tokens went by, because the model asks its first block for that, in zeros of
-    `keys` (heads, head_dim), which a static one may have made room for.
+    A key/value cache is still told how many tokens went by, because the model asks its first block for that, in
+    zeros of `keys` (heads, head_dim), for which a static one may have made room.
     """
     if (cache := kwargs.get("past_key_values")) is not None:
         batch, tokens = hidden_states.shape[:2]
