@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from elision import InputError
+from elision import InputError, streaming
 from elision.blocks import decoder
 from elision.layerwise import layer_calls
 from elision.spd import SyncPlan, calibrate, open_streamed, read_plan, simulate
@@ -75,6 +76,17 @@ def test_a_plain_forward_reads_block_by_block(tmp_path, monkeypatch):
     held.clear()
     layer_calls(decoder(streamed), DATA[0])  # only notes what blocks would be given
     assert not held and all(parameter.is_meta for layer in layers for parameter in layer.parameters())
+
+
+def test_a_second_copy_of_the_weights_is_neither_fetched_nor_read(tmp_path, monkeypatch):
+    tiny("mistral").save_pretrained(tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"for other code than transformers")
+    open_streamed(tmp_path)
+    asked = []
+    monkeypatch.setattr(streaming, "snapshot_download", lambda name, **given: asked.append(given) or str(tmp_path))
+    assert streaming._checkpoint("org/name") == streaming._checkpoint(str(tmp_path))
+    names = ["config.json", "model-00001-of-00002.safetensors", "consolidated.safetensors"]
+    assert list(filter_repo_objects(names, **asked[0])) == names[:2]
 
 
 def test_generation_goes_by_the_checkpoint_s_own_config(tmp_path):

@@ -19,7 +19,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import constants, get_session, is_offline_mode, try_to_load_from_cache
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
@@ -34,6 +34,11 @@ Names = tuple[str | None, str | None]
 METHODS: dict[Method, str] = {"sparselora": "SparseLoRA", "spd": "SPD"}
 TREATED = "spd_"  # begins the model_type of a checkpoint that only its SyncPlan makes whole (spd/artifact.py)
 REFERENCE = Path(__file__).parent / "reference_model"  # what the word "reference" stands for
+# Which files of a Hugging Face id are its weights; "consolidated" ones hold them once more, for other code.
+WEIGHTS: dict[str, Any] = {
+    "allow_patterns": ["*.safetensors", "*.json"],
+    "ignore_patterns": ["consolidated*"],
+}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from elision.blocks import decoder, load_config, model_path, refusal
 from elision.errors import InputError
-from elision.families import check_original
+from elision.families import WEIGHTS, check_original
 
 STREAM = "_elision_stream"  # a streamed layer's attribute, the reader of its weights
 
@@ -250,10 +250,11 @@ def _checkpoint(source: str) -> dict[str, Place]:
     """Every tensor of a directory's safetensors, or of a Hugging Face id's, which are fetched if need be."""
     directory = Path(source)
     if not directory.is_dir():
-        directory = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+        directory = Path(snapshot_download(source, **WEIGHTS))
     found: dict[str, Place] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        found |= places(file)
+        if not file.name.startswith("consolidated"):
+            found |= places(file)
     if not found:
         raise InputError(f"{directory} holds no safetensors: save the model with save_pretrained")
     return found

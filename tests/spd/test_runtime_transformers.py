@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from elision.errors import InputError
+from elision.families import WEIGHTS
 from elision.spd import SyncPlan, simulate
 from elision.spd.runtimes import transformers as runtime
 from elision.spd.runtimes.checkpoint import corrections_of
@@ -272,11 +273,10 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path, runs):
 def test_corrections_of_a_hugging_face_id_are_found(tmp_path, monkeypatch):
     place = checkpoint(tmp_path / "model", "llama", CORRECTED, **SIZES)
     asked = []
-    monkeypatch.setattr(
-        "elision.spd.runtimes.checkpoint.snapshot_download", lambda name, **_: asked.append(name) or place
-    )
+    fetch = "elision.spd.runtimes.checkpoint.snapshot_download"
+    monkeypatch.setattr(fetch, lambda name, **given: asked.append((name, given)) or place)
     found = corrections_of("org/name", CORRECTED)
-    assert asked == ["org/name"]
+    assert asked == [("org/name", WEIGHTS)]
     assert {index: set(tensors) for index, tensors in found.items()} == {
         0: {"constant"},
         1: {"constant", "gain"},

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from elision.errors import InputError
-from elision.families import TREATED, attention_shape, check_ranks, intermediate_size, model_path, refusal
+from elision.families import TREATED, WEIGHTS, attention_shape, check_ranks, intermediate_size, model_path, refusal
 from elision.spd.corrections import NAME
 from elision.spd.plan import ModelFacts, SyncPlan
 
@@ -90,7 +90,7 @@ def corrections_of(source: str | Path, plan: SyncPlan) -> dict[int, dict[str, Te
         return {}
     directory = Path(model_path(source))
     if not directory.is_dir():  # a Hugging Face id, whose weights are fetched by now
-        directory = Path(snapshot_download(model_path(source), allow_patterns=["*.safetensors", "*.json"]))
+        directory = Path(snapshot_download(model_path(source), **WEIGHTS))
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118, it is no mapping
