@@ -92,3 +92,15 @@ def test_results_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="was begun with seed 7, now it is 0: give another directory"):
         demo.run(tmp_path / "run", seed=0)
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_kill_between_an_adapter_and_its_stage_is_trained_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TRAIN_PROBLEMS": 8, "TEST_PROBLEMS": 2, "BATCH": 4, "CHECKPOINTS": 1}.items():
+        monkeypatch.setattr(demo, name, value)
+    found = [demo._finetune(tmp_path, "LoRA", "lora", 0)]
+    (tmp_path / "adapters" / "lora.training" / "checkpoint-2").mkdir(parents=True)  # its removal was cut off, too
+    found.append(demo._finetune(tmp_path, "LoRA", "lora", 0))
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["lora"]
+    assert found[0] | {"seconds": 0} == found[1] | {"seconds": 0}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 from elision import runs
 from elision.cli.common import Commands, DryRun, Json, Model, RunDirectory, run_directory, show
 from elision.errors import InputError
+from elision.report import sources
 
 OPTIONS = {"model": "reference", "ranks": 4, "text": ["a.txt", "b.txt"]}
 
@@ -47,7 +50,6 @@ def test_an_interrupted_run_resumes_to_the_same_files(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     with open(cut / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')  # torn by a kill
-        file.write("\n")
     with runs.opened(cut, "x", {}) as run:
         run.metric(step=2, loss=1.0)
         run.metric(step=3, loss=1.5)
@@ -56,21 +58,49 @@ def test_an_interrupted_run_resumes_to_the_same_files(tmp_path: Path) -> None:
     assert "ended by KeyboardInterrupt" in (cut / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("left", [(), (".run.json.a1b2",), ("run.json",), ("run.json", ".config.yaml.a1b2")])
+def test_a_run_that_was_killed_while_it_began_is_taken_up(tmp_path: Path, left: tuple[str, ...]) -> None:
+    place, whole = tmp_path / "run", tmp_path / "whole"
+    with runs.opened(whole, "x", {"seed": 1}):
+        pass
+    place.mkdir()
+    for name in left:
+        shutil.copy(whole / "run.json", place / name)
+    with runs.opened(place, "x", {"seed": 1}):
+        pass
+    for name in ("config.yaml", "run.json"):
+        assert (place / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_json_has_no_number_that_is_none(tmp_path: Path) -> None:
+    with runs.opened(tmp_path / "run", "x", {}) as run:
+        run.metric(step=1, loss=math.nan)
+        run.finish(training=[{"name": "LoRA", "losses": [(1, math.nan), (2, math.inf)]}])
+    assert run.metrics() == [{"step": 1, "loss": None}]
+    text = (run.path / "results.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["training"][0]["losses"] == [[1, None], [2, None]]
+    (shown,) = sources.load(run.path).training
+    assert [step for step, loss in shown.losses if math.isnan(loss)] == [1, 2]
+
+
 def test_another_file_under_an_old_name_is_another_run(tmp_path: Path) -> None:
-    plan, adapter = tmp_path / "plan.json", tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
-    plan.write_text("1")
-    options = {"plan": str(plan), "adapter": str(adapter), "text": [str(plan)], "out": str(tmp_path / "out.json")}
+    inputs = {"plan": "predictor/config.json", "probe": "probe.json", "include": "tasks/one.yaml"}
+    inputs |= {"adapter": "adapter/adapter_config.json", "text": "text.txt"}
+    files = {name: tmp_path / path for name, path in inputs.items()}
+    for file in files.values():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    options: dict[str, object] = {name: str(tmp_path / path.split("/")[0]) for name, path in inputs.items()}
+    options |= {"text": [options["text"]], "out": str(tmp_path / "out.json")}
     for _ in range(2):  # what a run writes is none of its inputs
         with runs.opened(tmp_path / "run", "eval", options):
             (tmp_path / "out.json").write_text("written")
     before = (tmp_path / "run/run.json").read_bytes()
-    for file, said in ((plan, "what --plan held then"), (adapter / "adapter_config.json", "what --adapter held then")):
+    for name, file in files.items():
         kept = file.read_text()
         file.write_text("other")
         with (
-            pytest.raises(InputError, match=f"was begun with {said}, now it is something else"),
+            pytest.raises(InputError, match=f"was begun with what --{name} held then, now it is something else"),
             runs.opened(tmp_path / "run", "eval", options),
         ):
             pass

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import statistics
 import time
 import warnings
@@ -160,7 +161,11 @@ def _finetune(out: Path, name: str, slug: str, seed: int) -> dict[str, Any]:
     plan = None if selection is None else SparsityPlan.default(model, selection=selection, seed=seed)
     journal = _Journal(model, plan, out / "journals" / f"train-{slug}.jsonl")
     examples = data.problems((FAMILY,), "train", TRAIN_PROBLEMS, seed)
-    log = train(model, tokenizer, examples, plan, out / "adapters" / slug, settings, callbacks=[journal.callback()])
+    adapter = out / "adapters" / slug
+    if adapter.exists():  # a kill came between it and its stage's file, and took the losses: train it anew
+        for left in (adapter.with_name(f"{slug}.training"), adapter):
+            shutil.rmtree(left, ignore_errors=True)
+    log = train(model, tokenizer, examples, plan, adapter, settings, callbacks=[journal.callback()])
     held_out = data.encode(tokenizer, data.problems((FAMILY,), "test", TEST_PROBLEMS, seed))
     test = [data.collate(held_out[i : i + BATCH], None) for i in range(0, len(held_out), BATCH)]
     rows = journal.read()
@@ -212,18 +217,16 @@ class _Journal:
                 row = {"step": state.global_step, "seconds": seconds}
                 row["flops"] = journal._flops((state.global_step - 1) / state.max_steps)
                 journal.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(journal.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                files.append_line(journal.path, json.dumps(row))
 
         return Journal()
 
     def read(self) -> list[dict[str, float]]:
         """One row per step; of a step that was run again after an interruption, the last. Torn lines are skipped."""
         rows = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}"):
-                row = json.loads(line)
-                rows[row["step"]] = row
+        for line in files.whole_lines(self.path):
+            row = json.loads(line)
+            rows[row["step"]] = row
         return list(rows.values())
 
 

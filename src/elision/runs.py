@@ -32,7 +32,10 @@ from elision import files
 from elision.errors import InputError
 
 PACKAGES = ("torch", "transformers", "peft")
-INPUTS = {"plan", "data", "text", "held-out", "adapter", "against"}  # options that name files to be read
+# Options that name files to be read, and which files of a directory are.
+INPUTS = dict.fromkeys(("plan", "data", "text", "held-out", "probe"), "**/*")
+INPUTS |= dict.fromkeys(("adapter", "against"), "adapter_*")
+INPUTS |= {"include": "**/*.yaml"}
 
 
 class Run:
@@ -50,7 +53,7 @@ class Run:
 
     def metric(self, **values: Any) -> None:
         """Append one object to metrics.jsonl; what a run of the same command measured to the same numbers is there."""
-        if (line := json.dumps(values)) not in self._measured:
+        if (line := json.dumps(files.plain(values))) not in self._measured:
             self._measured.add(line)
             self._append("metrics.jsonl", line)
 
@@ -69,7 +72,8 @@ class Run:
         command, versions = self.identity["command"], self.identity["versions"]
         told = {"command": f"elision {command}", **self.identity["options"], **versions, **(settings or {})}
         shown = {name: ", ".join(map(str, v)) if isinstance(v, list) else v for name, v in told.items()}
-        files.write_json(self.path / "results.json", {"title": f"elision {command}", "settings": shown, **sections})
+        results = {"title": f"elision {command}", "settings": shown, **sections}
+        files.write_json(self.path / "results.json", files.plain(results))
 
     def callback(self) -> Any:
         """A TrainerCallback that notes every log of a Trainer as a metric of its step."""
@@ -86,14 +90,11 @@ class Run:
 
     def _lines(self) -> list[str]:
         """The whole lines of metrics.jsonl."""
-        path = None if self.path is None else self.path / "metrics.jsonl"
-        found = [] if path is None or not path.exists() else path.read_text(encoding="utf-8").splitlines()
-        return [line for line in found if line.endswith("}")]
+        return [] if self.path is None else files.whole_lines(self.path / "metrics.jsonl")
 
     def _append(self, name: str, line: str) -> None:
         if self.path is not None:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+            files.append_line(self.path / name, line)
 
 
 @contextmanager
@@ -118,10 +119,11 @@ def opened(path: str | Path, command: str, options: Mapping[str, Any]) -> Iterat
     identity = {"command": command, "options": dict(options), "contents": contents(options), "versions": versions()}
     _check(path, identity)
     there, begun = path.exists(), (path / "run.json").exists()
-    if not begun:
+    if not begun:  # first, for it makes the directory the run's: a kill may follow
+        files.write_json(path / "run.json", identity)
+    if not (path / "config.yaml").exists():
         text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
         files.write_text(path / "config.yaml", f"# elision {command} --config config.yaml\n{text}")
-        files.write_json(path / "run.json", identity)
     run = Run(path, identity)
     run.log("start")
     try:
@@ -141,18 +143,18 @@ def opened(path: str | Path, command: str, options: Mapping[str, Any]) -> Iterat
 def contents(options: Mapping[str, Any]) -> dict[str, str]:
     """Hash of the files that each option of INPUTS names: another file under an old name is another input."""
     found = {}
-    for name in INPUTS & options.keys():
+    for name in sorted(INPUTS.keys() & options.keys()):
         given = options[name] if isinstance(options[name], list) else [options[name]]
         digest = hashlib.sha256()
         for path in (Path(str(each)) for each in given if each is not None):
             # An adapter to be read is a directory; one that is a file is written.
-            for file in (
-                sorted(path.glob("adapter_*")) if name in ("adapter", "against") else [path] if path.is_file() else []
-            ):
+            for file in sorted(path.glob(INPUTS[name])) if path.is_dir() or name in ("adapter", "against") else [path]:
+                if not file.is_file():
+                    continue
                 with file.open("rb") as opened:
                     digest.update(hashlib.file_digest(opened, "sha256").digest())
         found[name] = digest.hexdigest()[:16]
-    return dict(sorted(found.items()))
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -167,9 +169,10 @@ def versions() -> dict[str, str]:
 
 
 def _check(path: Path, identity: Mapping[str, Any]) -> None:
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / "run.json").exists())):
-        raise InputError(f"run directory {path} holds something else: give a new directory")
     if not (path / "run.json").exists():
+        held = path.iterdir() if path.is_dir() else [path] if path.exists() else []
+        if any(not each.name.startswith(".run.json.") for each in held):  # which a kill leaves of writing that file
+            raise InputError(f"run directory {path} holds something else: give a new directory")
         return
     before = files.read_json(path / "run.json", "run")
     if before.get("command") != identity["command"]:

@@ -15,7 +15,7 @@ from elision import reference_model
 from elision.data import Example
 from elision.errors import InputError
 from elision.sparselora import SparsityPlan
-from elision.sparselora.train import Settings, add_adapter, train
+from elision.sparselora.train import Settings, add_adapter, check_free, train
 
 EXAMPLES = [Example(f"Count to {n}:", " ".join(map(str, range(1, n + 1)))) for n in range(2, 10)]
 SETTINGS = Settings(steps=4, batch=2, rank=2, checkpoints=4)
@@ -101,3 +101,17 @@ def test_a_kill_while_the_adapter_is_written_leaves_no_half_of_it(
     assert not out.exists()
     run(out)
     assert (out / "adapter_config.json").is_file()
+
+
+def test_a_place_where_the_adapter_cannot_go_is_refused_before_the_training(tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    out.mkdir()
+    (out / "notes").touch()
+    with pytest.raises(InputError, match=r"^out .*adapter is not empty: give a new directory"):
+        run(out)
+    (out / "notes").rename(out / "adapter_config.json")
+    with pytest.raises(InputError, match=r"^out .*adapter holds a finished adapter"):
+        run(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    (out / "adapter_config.json").unlink()
+    check_free(out, run=tmp_path / "run")

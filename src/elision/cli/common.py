@@ -126,7 +126,7 @@ def device() -> str:
 def show(values: Mapping[str, Any], as_json: bool, text: Any = None) -> None:
     """Print `values` as one JSON object, or `text` (a string or what rich can print) for people; without it, a list."""
     if as_json:
-        typer.echo(json.dumps(values))
+        typer.echo(json.dumps(files.plain(values)))
     elif isinstance(text, str):
         typer.echo(text)
     else:
@@ -146,6 +146,11 @@ def tell(run: Run, text: str, as_json: bool) -> None:
     """Say `text` ahead of the answer, on the error stream where that is JSON, and note it in the run's log."""
     typer.echo(text, err=as_json)
     run.log(text)
+
+
+def warn(text: str) -> None:
+    """Say `text` on the error stream."""
+    typer.echo(text, err=True)
 
 
 @contextmanager

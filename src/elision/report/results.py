@@ -8,14 +8,16 @@ Rates and accuracies are shares (0 to 1); sensitivities are in percent of the de
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from elision.errors import InputError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+Loss = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # null: it diverged
 
 LORA = "LoRA"
 SPARSE = "SparseLoRA"
@@ -33,7 +35,7 @@ class Variant(_Part):
     """One way to fine-tune, on the same data with the same seeds as the others."""
 
     name: str
-    losses: list[tuple[int, float]] = []  # (step, training loss); a run that diverged may say nan
+    losses: list[tuple[int, Loss]] = []  # (step, training loss)
     test_loss: FiniteFloat | None = None
     accuracy: Share
     accuracy_low: Share  # 95% interval
@@ -123,11 +125,15 @@ class Ranks(_Part):
     """What dropping syncs costs one model on one number of ranks; nothing healed."""
 
     ranks: Annotated[int, Field(ge=1)]
-    sensitivities: Annotated[list[float], Field(min_length=1)]  # of each block, % of the dense perplexity
+    sensitivities: Annotated[list[Loss], Field(min_length=1)]  # of each block, % of the dense perplexity
     order: list[int]  # blocks by ascending sensitivity
-    perplexities: list[float]  # with the first k = 0..L of that order dropped
-    chosen: Count  # the k that the budget allows
+    perplexities: list[Loss]  # with the first k = 0..L of that order dropped
+    chosen: Count | None  # the k that the budget allows; None: the plan is `other` than the first k
     max_loss: Annotated[FiniteFloat, Field(ge=0)] | None = None  # the budget, if it was one: 0.01 is +1% perplexity
+    # A plan that mixes treatments, or was edited: blocks by how their sync is spared, and the increase of perplexity on
+    # held-out text, where it was verified.
+    other: dict[Literal["dropped", "int8", "skipped"], list[int]] = {}
+    other_cost: FiniteFloat | None = None
 
     @model_validator(mode="after")
     def _one_value_a_block(self) -> Self:
@@ -136,7 +142,7 @@ class Ranks(_Part):
             raise ValueError(f"order {self.order} does not name each of {layers} blocks once")
         if len(self.perplexities) != layers + 1:
             raise ValueError(f"perplexities has {len(self.perplexities)} values, {layers} blocks need {layers + 1}")
-        if self.chosen > layers:
+        if self.chosen is not None and self.chosen > layers:
             raise ValueError(f"chosen {self.chosen} is more than {layers} blocks")
         if not self.perplexities[0] > 0:
             raise ValueError(f"perplexities[0] {self.perplexities[0]} is not a perplexity")
@@ -154,8 +160,13 @@ class Ranks(_Part):
 
     @property
     def dropped(self) -> list[int]:
-        """The chosen blocks, in the model's order."""
-        return sorted(self.order[: self.chosen])
+        """The blocks of the plan whose syncs are left out, in the model's order."""
+        return sorted(self.order[: self.chosen] if self.chosen is not None else self.other.get("dropped", []))
+
+    @property
+    def cost(self) -> float | None:
+        """Increase of perplexity under the plan, as a share; None where it was not measured."""
+        return self.other_cost if self.chosen is None else self.increases[self.chosen]
 
 
 class SyncPointDrop(_Part):
@@ -213,7 +224,7 @@ class Training(_Part):
     """The loss of one fine-tuning run, and what it took."""
 
     name: str
-    losses: Annotated[list[tuple[int, float]], Field(min_length=1)]
+    losses: Annotated[list[tuple[int, Loss]], Field(min_length=1)]
     flops_ratio: Annotated[FiniteFloat, Field(gt=0)] | None = None  # to plain LoRA's
     seconds: Annotated[FiniteFloat, Field(ge=0)] | None = None
     plan: LayerPlan | None = None
@@ -243,7 +254,7 @@ class LayerSensitivity(_Part):
     """What sparsity in one layer costs, by part, in % of the dense loss; `bounds` separate the tiers."""
 
     name: str
-    parts: dict[str, Annotated[list[float], Field(min_length=1)]]
+    parts: dict[str, Annotated[list[Loss], Field(min_length=1)]]
     bounds: tuple[FiniteFloat, FiniteFloat] | None = None
 
     @model_validator(mode="after")

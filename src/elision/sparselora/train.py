@@ -86,6 +86,29 @@ def encode(
     return rows
 
 
+def check_free(out: Path, name: str = "out", run: Path | None = None) -> None:
+    """Refuse, before any work, a place that the adapter, once whole, cannot be moved to; `name` is the option's.
+
+    Raises:
+        InputError: `out` is not empty or cannot be replaced, or `run`, a run's directory, would be replaced with it.
+    """
+    if (out / "adapter_config.json").is_file():
+        raise InputError(f"{name} {out} holds a finished adapter: delete it to train anew, or give another directory")
+    if out.is_dir() and (out.samefile(".") or out.is_mount()):
+        raise InputError(f"{name} {out} cannot be replaced by the adapter's directory: name a new one in it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{name} {out} is not empty: give a new directory")
+    for place in (out.resolve(), _checkpoints(out)):
+        if run is not None and run.resolve().is_relative_to(place):
+            raise InputError(f"run {run} is inside of {place}, which goes when the adapter is whole: put it beside it")
+
+
+def _checkpoints(out: Path) -> Path:
+    """Where those of a training go until it is done."""
+    out = out.resolve()
+    return out.with_name(f"{out.name}.training")
+
+
 def train(
     model: Any,
     tokenizer: Any,
@@ -117,15 +140,16 @@ def train(
         The log of the Trainer: dicts with "step" and "loss".
 
     Raises:
-        InputError: nothing to train on, rows that the model cannot read, checkpoints of another run beside `out`, a
-            `report_to` that is not installed, or what `sparsify` refuses.
+        InputError: `out` is not empty, nothing to train on, rows that the model cannot read, checkpoints of another
+            run beside `out`, a `report_to` that is not installed, or what `sparsify` refuses.
     """
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
+    check_free(out)
     rows = encode(model, tokenizer, examples, settings.max_length)
     out = out.resolve()
-    work = out.with_name(f"{out.name}.training")
+    work = _checkpoints(out)
     _check_identity(work, _identity(model, rows, plan, settings))
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -169,7 +193,7 @@ def train(
     with files.disk_errors(whole):
         model.save_pretrained(str(whole))
     if out.is_dir():
-        out.rmdir()  # empty, or this says that it is not
+        out.rmdir()
     whole.rename(out)
     shutil.rmtree(work, ignore_errors=True)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
