@@ -97,12 +97,23 @@ def test_a_limit_leaves_out_no_text_whose_rows_are_taken_in_turn(tokenizer: PreT
         ),
         ("a.json", '[{"instruction": "do", "input": "this", "output": "done", "answer": "x"}]', "do\nthis", "done"),
         ("a.json", '[{"instruction": "do", "input": "", "output": "done"}]', "do", "done"),
+        ("a.json", '[{"instruction": "do", "context": "where", "response": "done"}]', "where\ndo", "done"),
+        ("a.json", '[{"question": "q?", "passage": "p", "system": "s", "answer": true}]', "s\np\nq?", "True"),
     ],
 )
 def test_usual_files_are_read(tmp_path: Path, name: str, text: str, prompt: str, answer: str) -> None:
     path = tmp_path / name
     path.write_text(text)
     assert data.load_examples(path)[0] == data.Example(prompt, answer)
+
+
+def test_text_that_is_not_read_is_named_once(tmp_path: Path) -> None:
+    path, said = tmp_path / "data.json", []
+    path.write_text(json.dumps([{"prompt": "p", "answer": "a", "id": 3, "kind": ""}] * 2))
+    data.load_examples(path, said.append)
+    path.write_text(json.dumps([{"context": "c", "prompt": "p", "answer": "a", "kind": "open", "hint": "h"}] * 3))
+    data.load_examples(path, said.append)
+    assert said == [f"data {path}: of a row's text context, prompt, answer is read, kind, hint is not"]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +127,9 @@ def test_usual_files_are_read(tmp_path: Path, name: str, text: str, prompt: str,
         ('[{"question": "q"}]', "row 1 has no answer"),
         ('[{"answer": "a"}]', "row 1 has no prompt"),
         ('[{"question": " ", "answer": "a"}]', "row 1 has an empty prompt or answer"),
+        ('[{"context": "c", "answer": "a"}]', "row 1 has no prompt"),
+        ('[{"question": "q", "context": ["c"], "answer": "a"}]', "row 1 holds a list or an object"),
+        ('[{"question": "q \\ud83d", "answer": "a"}]', r"row 1 holds '\\ud83d', half of a character"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path: Path, text: str | None, message: str) -> None:

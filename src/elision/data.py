@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,7 @@ IGNORED = -100  # the label of a position that is neither trained nor scored
 
 # Field names of prompt/answer files in common use: prompt fields are joined by a line break, the first answer counts.
 _PROMPTS = (("prompt",), ("question",), ("instruction", "input"), ("original_text",))
+_CONTEXT = ("system", "context", "passage")  # stand before any of these
 _ANSWERS = ("completion", "response", "output", "solution", "answer", "ans")
 
 
@@ -52,14 +53,20 @@ class Example:
     answer: str
 
 
-def load_examples(path: str | Path) -> list[Example]:
+def load_examples(path: str | Path, say: Callable[[str], object] = lambda _: None) -> list[Example]:
     """Read prompt/answer pairs from a .json (list of objects) or .jsonl (an object a line) file.
 
-    Prompts stand under "prompt", "question", "instruction" (with "input") or "original_text", answers under
-    "completion", "response", "output", "solution", "answer" or "ans".
+    Prompts stand under "prompt", "question", "instruction" (with "input") or "original_text"; "system", "context" and
+    "passage" of a row go before it, a line break between each two. Answers stand under "completion", "response",
+    "output", "solution", "answer" or "ans".
+
+    Args:
+        path: the file.
+        say: told, in a line, which other fields hold text, where there are any: they are not read.
 
     Raises:
-        InputError: no such file, not JSON, no rows, or a row without prompt or answer; names the line or row.
+        InputError: no such file, not JSON, no rows, or a row without prompt or answer, or with text that cannot be
+            written; names the line or row.
     """
     path = Path(path)
     try:
@@ -86,27 +93,44 @@ def load_examples(path: str | Path) -> list[Example]:
             raise InputError(f"data {path} is not JSON ({error}): {remedy}") from None
     if not isinstance(rows, list) or not rows:
         raise InputError(f"data {path} holds no rows: give a list of objects with a prompt and an answer")
-    return [_example(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+    examples = [_example(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+    read: dict[str, None] = {}
+    unread: dict[str, None] = {}
+    for row in rows:
+        names, answer = _fields(row)
+        for name, value in row.items():
+            if isinstance(value, str) and value:
+                (read if name in names or name == answer else unread)[name] = None
+    if unread:
+        say(f"data {path}: of a row's text {', '.join(read)} is read, {', '.join(unread)} is not")
+    return examples
+
+
+def _fields(row: Mapping[str, object]) -> tuple[list[str], str | None]:
+    """The names of a row's prompt fields, in the order in which they are joined, and of its answer."""
+    names = next((names for names in _PROMPTS if names[0] in row), ())
+    answer = next((name for name in _ANSWERS if name in row), None)
+    return [name for name in (*_CONTEXT, *names) if names and name in row], answer
 
 
 def _example(row: object, where: str) -> Example:
     if not isinstance(row, dict):
         raise InputError(f"{where} is not an object: give one with a prompt and an answer")
-    names = next((names for names in _PROMPTS if names[0] in row), None)
-    answer = next((row[name] for name in _ANSWERS if name in row), None)
-    if names is None or answer is None:
+    names, answers = _fields(row)
+    answer = None if answers is None else row[answers]
+    if not names or answer is None:
         missing = (
-            f"prompt ({', '.join(names[0] for names in _PROMPTS)})"
-            if names is None
-            else f"answer ({', '.join(_ANSWERS)})"
+            f"answer ({', '.join(_ANSWERS)})" if names else f"prompt ({', '.join(names[0] for names in _PROMPTS)})"
         )
         turns = ": turns of a chat are not read, write each as a prompt and an answer" if "messages" in row else ""
         raise InputError(f"{where} has no {missing}: its fields are {', '.join(map(str, row)) or 'none'}{turns}")
-    if any(isinstance(part, list | dict) for part in (answer, *(row.get(name) for name in names))):
+    if any(isinstance(part, list | dict) for part in (answer, *(row[name] for name in names))):
         raise InputError(f"{where} holds a list or an object, not text: write each turn of a chat as prompt and answer")
-    prompt = "\n".join(str(row[name]) for name in names if row.get(name))
+    prompt = "\n".join(str(row[name]) for name in names if row[name])
     if not prompt.strip() or not str(answer).strip():
         raise InputError(f"{where} has an empty prompt or answer: fill it in or drop the row")
+    if half := re.search("[\ud800-\udfff]", prompt + str(answer)):  # JSON can spell it, no tokenizer reads it
+        raise InputError(f"{where} holds {half[0]!a}, half of a character: mend it or drop the row")
     return Example(prompt, str(answer))
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from elision import reference_model, report
 from elision.cli import app
+from elision.cli.plans import spread
 from elision.sparselora import SparsityPlan
 from tests.sparselora import tiny
 from tests.sparselora.test_presets import publish
@@ -41,8 +42,9 @@ def run(*arguments: object) -> tuple[int, str, str]:
 def test_calibrate_then_train_by_the_plan(model: Path, tmp_path: Path) -> None:
     out, data = tmp_path / "plan.json", model / "data.json"
     budget = ("--flops", 0.99, "--selection", "weights", "--dense-steps", 0.0, "--batch", 3)
-    code, said, _ = run("calibrate", model, "--data", data, "--out", out, *budget)
+    code, said, error = run("calibrate", model, "--data", data, "--out", out, *budget)
     assert code == 0 and "expect at most 1." in said and f"plan: {out}" in said
+    assert error.count("all rows of the data are measured, so the rehearsal is of the same ones") == 1
     found = SparsityPlan.load(out).calibration
     assert found is not None and found.flops["full"] <= 0.99
     assert out.with_name("plan.json.journal").exists()
@@ -58,6 +60,12 @@ def test_calibrate_then_train_by_the_plan(model: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.json"
     code, said, _ = run("calibrate", model, "--data", data, "--out", again, *budget, "--adapter", tmp_path / "adapter")
     assert code == 0 and SparsityPlan.load(again).calibration != found
+
+
+def test_rows_are_taken_evenly_from_all_of_the_data() -> None:
+    assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 8) == [0, 1, 2] and spread(0, 8) == []
+    gaps = {after - before for before, after in zip(spread(63, 32), [*spread(63, 32)[1:], 63], strict=True)}
+    assert gaps == {1, 2}
 
 
 def test_presets_and_bench(model: Path) -> None:

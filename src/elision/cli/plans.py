@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elision.cli.common import DryRun, Dtype, Json, Model, RunDirectory, load, run_directory, show, tell
+from elision.cli.common import DryRun, Dtype, Json, Model, RunDirectory, load, run_directory, show, tell, warn
 from elision.errors import InputError
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def calibrate(
         from elision.sparselora.calibration import check_budget
 
         check_budget(loaded, batches, flops, time, max_loss, settings)
+        _tell_alike(lessons, batches)
         return show(estimates.sparsity_calibration(loaded, batches, flops or time, settings, lessons), as_json)
     with run_directory(ctx, run) as kept:
         if selection == "whitened":
@@ -138,6 +139,7 @@ def calibrate(
         told.line(),
         f"plan: {out}",
     ]
+    _tell_alike(lessons, batches)
     show(values, as_json, "\n".join(lines))
 
 
@@ -259,18 +261,28 @@ def _load(
     from elision.data import collate, load_examples
     from elision.sparselora.train import encode
 
-    examples = load_examples(data)
+    examples = load_examples(data, warn)
     loaded, tokenizer = load(model, dtype, stream=stream)
     encoded = encode(loaded, tokenizer, examples, max_length)  # all, because rows that are too long are left out
-    chosen = range(0, len(encoded), max(1, len(encoded) // rows))[:rows]
 
     def batches(taken: Sequence[Any]) -> list[dict[str, Tensor]]:
         return [collate(taken[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(taken), batch)]
 
+    chosen = spread(len(encoded), rows)
     measured = batches([encoded[i] for i in chosen])
     if not lessons:
         return loaded, measured, []
-    others = [row for i, row in enumerate(encoded) if i not in chosen]
-    taken = others[:: max(1, len(others) // (lessons * batch))][: lessons * batch]
-    learned = batches(taken) if taken else measured
+    others = [encoded[i] for i in sorted({*range(len(encoded))} - {*chosen})]
+    learned = batches([others[i] for i in spread(len(others), lessons * batch)]) or measured
     return loaded, measured, [learned[i % len(learned)] for i in range(lessons)]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` places among `count`, evenly spaced from the first to near the last."""
+    return [i * count // most for i in range(most)] if count > most else list(range(count))
+
+
+def _tell_alike(lessons: Sequence[dict[str, Tensor]], measured: Sequence[dict[str, Tensor]]) -> None:
+    """Say where a rehearsal is of the rows that are measured, as `_load` has it where there are no others."""
+    if lessons and lessons[0] is measured[0]:
+        warn("all rows of the data are measured, so the rehearsal is of the same ones: give fewer --rows, or more data")

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from elision.cli import plans
-from elision.cli.common import Commands, DryRun, Dtype, Json, Model, RunDirectory, load, run_directory, show, tell
+from elision.cli.common import Commands, DryRun, Dtype, Json, Model, RunDirectory, load, run_directory, show, tell, warn
 from elision.errors import InputError
 
 app = typer.Typer(
@@ -83,14 +83,9 @@ def train(
         raise InputError("--plan and --sparsity are both given: one of them says what to leave out")
     if not 0 < epochs < math.inf:
         raise InputError(f"--epochs {epochs:g} trains nothing: give a number above 0")
-    if (out / "adapter_config.json").is_file():
-        raise InputError(f"--out {out} holds a finished adapter: delete it to train anew, or give another directory")
-    if out.is_dir() and (out.samefile(".") or out.is_mount()):  # the adapter, once whole, is moved to where it stands
-        raise InputError(f"--out {out} cannot be replaced by the adapter's directory: name a new one in it")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} is not empty: give a new directory")
+    training.check_free(out, "--out", run)
     training.reporters(report_to or ())
-    examples = load_examples(data)
+    examples = load_examples(data, warn)
     known = plans.plan_of(plan, mode)
     loaded, tokenizer = load(model, dtype)
     rows = training.encode(loaded, tokenizer, examples, max_length)
@@ -109,7 +104,7 @@ def train(
     spread = rows[:: max(1, len(rows) // 64)]
     sample = [collate(spread[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(spread), batch)]
     if lost := _lost(rows, len(examples), tokenizer.eos_token_id, max_length):
-        typer.echo(lost, err=True)
+        warn(lost)
     if dry_run:
         from elision.cli import estimates
 
