@@ -442,6 +442,35 @@ def test_an_adapter_inside_of_the_checkpoint_is_refused_before_anything_is_done(
     assert not out.exists()
 
 
+def test_a_run_inside_of_the_adapter_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    train = ["sparselora", "train", "no-model", "--data", tmp_path / "no-data", "--out", out]
+    for place, whole in ((out, out), (out / "run", out), (tmp_path / "new.training/run", tmp_path / "new.training")):
+        code, said, error = run(*train, "--run", place)
+        assert (code, said) == (2, "") and error.count("\n") == 1 and f"run {place} is inside of {whole}, " in error
+    assert not list(tmp_path.iterdir())
+    assert "no-data is not a file" in run(*train, "--run", tmp_path / "new-run")[2]
+
+
+@pytest.mark.parametrize("broken", ["all", "a token", "the baseline"])
+def test_a_model_whose_predictions_are_no_numbers_is_refused_by_name(broken: str, tmp_path: Path, text: Path) -> None:
+    tokenizer = load_tokenizer("reference")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = tiny("llama", vocab_size=len(tokenizer))
+    token = tokenizer.encode(text.read_text())[0]
+    weights = model.model.embed_tokens.weight.data[token] if broken == "a token" else model.model.norm.weight.data
+    weights.fill_(math.nan)
+    model.save_pretrained(tmp_path / "model")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "def", "answer": "add"}\n' * 2)
+    for scored in (["--text", text, *SMALL], ["--data", pairs]) if broken != "a token" else (["--text", text, *SMALL],):
+        models = ["reference", "--against", tmp_path / "model"] if broken == "the baseline" else [tmp_path / "model"]
+        code, said, error = run("eval", *models, *scored, "--run", tmp_path / "run")
+        what = "perplexity on text" if broken == "a token" else f"the loss of {tmp_path / 'model'}"
+        assert (code, said) == (2, "") and f"error: {what} is nan: weights or an adapter diverged" in error
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_directory_where_a_file_is_to_be_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     plan = SyncPlan(4, (1,)).save(tmp_path / "plan.json")
     heal = ["spd", "heal", "no-model", "--plan", plan, "--text", tmp_path / "no-text", "--lora", 2]
@@ -487,8 +516,9 @@ def test_a_plan_cannot_go_where_a_directory_is(tmp_path: Path, monkeypatch: pyte
 def test_rows_that_do_not_fit_are_told_and_no_other_row_is_trained_on_more_often_for_them(tmp_path: Path) -> None:
     rows = [{"prompt": "a " * (100 if n % 2 == 0 else 3), "completion": "b"} for n in range(128)]
     data = tmp_path / "data.json"
-    data.write_text(json.dumps(rows))
+    data.write_text(json.dumps([row | {"hint": "c"} for row in rows]))
     train = [*TRAIN, "--data", data, "--out", tmp_path / "adapter", "--max-length", 64, "--batch", 16, "--dry-run"]
     code, said, error = run(*train, "--json")
     assert code == 0 and json.loads(said)["steps"] == 4
     assert "64 of 128 rows are left out" in error and "0 lose the end" in error
+    assert error.count("of a row's text prompt, completion is read, hint is not") == 1

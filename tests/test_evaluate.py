@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import statistics
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,6 +148,24 @@ def test_paired_difference_covers_and_refuses_lists_that_do_not_pair() -> None:
         evaluate.paired_difference([1, 0], [1, 0, 1])
 
 
+@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (3, 4.3027), (4, 3.1824), (10, 2.2622), (31, 2.0423), (61, 2.0003)])
+def test_few_rows_have_students_interval(n: int, t: float) -> None:
+    values = [float(k) for k in range(n)]
+    found = evaluate.paired_difference(values, [0.5] * n)
+    assert found.high - found.value == pytest.approx(t * statistics.stdev(values) / math.sqrt(n), rel=2e-5)
+    rows = [evaluate.RowLoss(0.1 * value, 1) for value in values]
+    low, high = (math.log(bound) for bound in evaluate.perplexity_interval(rows)[1:])
+    assert (high - low) / 2 == pytest.approx(0.1 * t * statistics.stdev(values) / math.sqrt(n), rel=2e-5)
+    assert evaluate.paired_difference([1.0, 0.0] * 100, [0] * 200).high == pytest.approx(0.5 + 1.95996 * 0.5 / 199**0.5)
+
+
+def test_answers_that_all_differ_alike_leave_room_for_others() -> None:
+    assert evaluate.paired_difference([1, 1], [0, 0]) == (1, pytest.approx(-0.315, abs=0.001), 1)
+    value, low, high = evaluate.paired_difference([1, 0, 1], [1, 0, 1])
+    assert (value, low) == (0, -high) and 0.5 < high < 0.6
+    assert evaluate.paired_difference([0] * 20, [1] * 20).high < 0
+
+
 def batch_of(rows: int, length: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, 50, (rows, length))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -234,6 +253,20 @@ def test_one_row_has_no_interval() -> None:
         ("7", "#### 7 eggs", True),
         ("#### yes", "Yes", True),
         ("x = -3", "3", False),
+        ("1/4", "3/4", False),
+        ("So it is 1/4.", "1/4", True),
+        ("9:30", "10:30", False),
+        ("2020-01-05", "1999-12-05", False),
+        ("5 January 2020", "9 March 2020", False),
+        ("Berlin, 1900", "Paris, 1900", False),
+        ("It was paris, 1900", "Paris, 1900.", True),
+        ("15", "The answer is 15", True),
+        ("7 + 8 = 15", "The answer is 15", True),
+        ("She gets 7 and has 15 now, so 15", "In all there are 7 and 8, that is 15.", True),
+        ("#### 1/4", "#### 3/4", False),
+        ("3/4 of 20 is 15.\n#### 15", "Half of 30 is 15.\n#### 15", True),
+        ("x is \N{MINUS SIGN}3", "-3", True),
+        ("\N{MINUS SIGN}3", "3", False),
     ],
 )
 def test_exact_match(given: str, expected: str, same: bool) -> None:

@@ -58,7 +58,7 @@ def test_a_plan_changes_what_is_scored(
     (again,) = harness.run(model, tokenizer, ["elision_wikitext2"])
     assert dropped.value.value != dense.value.value == again.value.value
     assert dense.metric == "word_perplexity" and not dense.higher_is_better and dense.samples == ()
-    assert harness.difference(dropped, dense) is None
+    assert harness.difference(dropped, dense) is None and dense.count == 2
 
 
 def test_choices_pair_by_document(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,8 +67,9 @@ def test_choices_pair_by_document(loaded: tuple[Any, Any], tmp_path: Path, monke
     (tmp_path / "boolq_test.json").write_text(json.dumps([row | {"output": row["answer"]} for row in questions]))
     model, tokenizer = loaded
     (score,) = harness.run(model, tokenizer, ["elision_boolq"], batch=4)
-    assert len(score.samples) == 10 and set(score.samples) <= {0.0, 1.0}
-    assert harness.difference(score, score) == (0, 0, 0)
+    assert len(score.samples) == score.count == 10 and set(score.samples) <= {0.0, 1.0}
+    same = harness.difference(score, score)
+    assert same is not None and same.value == 0 and -0.3 < same.low < 0 < same.high < 0.3
 
 
 def test_every_task_file_reads_a_function_of_ours() -> None:
@@ -97,6 +98,9 @@ def test_local_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
                 assert len(found) > 100 and all(all(str(value).strip() for value in row.values()) for row in found)
     monkeypatch.setenv("ELISION_DATA", str(tmp_path))
     with pytest.raises(InputError, match=r"boolq_test\.json is not in .*ELISION_DATA"):
+        rows.answers("boolq_test.json")
+    monkeypatch.setenv("ELISION_DATA", str(tmp_path / "none"))
+    with pytest.raises(InputError, match=r"boolq_test\.json is not here, where no folder of data sets is: name the"):
         rows.answers("boolq_test.json")
 
 

@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from elision.families import check_positions
 from elision.layerwise import check_length
 
 Z = statistics.NormalDist().inv_cdf(0.975)  # of a two-sided 95% interval
+FEW = 100  # rows, beyond which Student's t is taken for the normal
+PHRASE = 4  # words of an answer that is no worked solution, at most
 # Not the digits of a word (CO2, v1.5); a hyphen behind one is no sign (3-5); commas part groups of three (1,234).
 _NUMBER = re.compile(r"(?:(?<!\w)-)?(?<!\w)(?<!\w\.)(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?![^\W\d]+\d)")
 
@@ -201,8 +204,30 @@ def _mean(sums: Sequence[float], tokens: Sequence[int]) -> Interval:
     if n < 2:
         return Interval(mean, math.nan, math.nan)
     spread = sum((value - mean * count) ** 2 for value, count in zip(sums, tokens, strict=True))
-    half = Z * math.sqrt(n / (n - 1) * spread) / total
+    half = _errors(n) * math.sqrt(n / (n - 1) * spread) / total
     return Interval(mean, mean - half, mean + half)
+
+
+@cache
+def _errors(n: int) -> float:
+    """How many standard errors a 95% interval of a mean of `n` values goes to either side.
+
+    Student's t with n - 1 degrees of freedom: the probability within t is a finite sum over the angle whose tangent is
+    t / sqrt(n - 1) (Abramowitz and Stegun, 26.7.3 and 26.7.4), inverted by bisection.
+    """
+    if n > FEW:
+        return Z
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        term = math.sin(angle) * (1.0 if n % 2 else math.cos(angle))
+        inside = 0.0
+        for k in range(2 - n % 2, n - 1, 2):
+            inside += term
+            term *= math.cos(angle) ** 2 * k / (k + 1)
+        share = inside if n % 2 else 2 / math.pi * (angle + inside)
+        low, high = (angle, high) if share < 0.95 else (low, angle)
+    return math.sqrt(n - 1) * math.tan(low)
 
 
 def _exp(value: float) -> float:
@@ -255,21 +280,41 @@ def answers(
 
 def final_answer(text: str) -> str:
     """The last number of the line behind "####", or else of the text; without a number, what stands behind "####"."""
-    _, marked, line = text.rpartition("####")
-    line = line.split("\n")[0] if marked else text
+    line = _end(text)
     if numbers := _NUMBER.findall(line):
         return numbers[-1].replace(",", "")
-    return line.strip().rstrip(".") if marked else ""
+    return line if "####" in text else ""
 
 
 def exact_match(given: str, expected: str) -> bool:
-    """The final answers are the same number ("15" and "15.0" are); where one is no number, the texts the same words."""
+    """The final answers are the same number ("15" and "15.0" are); where one is no number, the texts the same words.
+
+    A few words that hold more than their number ("1/4", "9:30", "Berlin, 1900") must come again as they are, at the
+    end of what was given.
+    """
+    if _is_phrase(expected) and (len(_NUMBER.findall(_end(expected))) > 1 or _is_phrase(given)):
+        words = [_end(text).lower().split() for text in (given, expected)]
+        return words[0][-len(words[1]) :] == words[1]
     ends = final_answer(given), final_answer(expected)
     try:
         return float(ends[0]) == float(ends[1])
     except ValueError:
         words = [text.rpartition("####")[2].lower().split() for text in (given, expected)]
         return words[0] == words[1]
+
+
+def _end(text: str) -> str:
+    """What stands behind "####" on its line, or else the text."""
+    _, marked, line = text.replace("\N{MINUS SIGN}", "-").rpartition("####")
+    return (line.split("\n")[0] if marked else line).strip().rstrip(".")
+
+
+def _is_phrase(text: str) -> bool:
+    """Whether an answer is no solution and no number with its unit, but a few words that hold numbers."""
+    numbers = list(_NUMBER.finditer(end := _end(text)))
+    if not numbers or "=" in end or len(end.split()) > PHRASE:
+        return False
+    return len(numbers) > 1 or bool(re.search(r"\w", end[: numbers[0].start()]))
 
 
 def accuracy(correct: Sequence[bool | int]) -> Interval:
@@ -288,7 +333,9 @@ def accuracy(correct: Sequence[bool | int]) -> Interval:
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
-    """Mean of a - b over the same problems with its 95% interval, normal in the mean of the paired differences.
+    """Mean of a - b over the same problems with its 95% interval, that of a mean of the paired differences.
+
+    Where these are all alike, and of right and wrong answers, it goes as far as the share of others may (Wilson's).
 
     Raises:
         InputError: lists of different length, or fewer than two problems.
@@ -297,5 +344,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
         raise InputError(f"{len(a)} and {len(b)} answers cannot be paired: score both on the same two or more problems")
     differences = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
     mean = statistics.fmean(differences)
-    half = Z * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = _errors(len(differences)) * statistics.stdev(differences) / math.sqrt(len(differences))
+    if {*a, *b} <= {0, 1} and len({*differences}) == 1:  # no spread seen is not none
+        half = (1 + abs(mean)) * (1 - accuracy([1] * len(differences)).low)
+        return Interval(mean, max(-1.0, mean - half), min(1.0, mean + half))
     return Interval(mean, mean - half, mean + half)

@@ -37,6 +37,7 @@ class Score:
     value: Interval  # nan as bounds where the harness states no error
     samples: tuple[float, ...]
     higher_is_better: bool
+    count: int  # documents
 
 
 def run(
@@ -148,7 +149,8 @@ def _scores(task: str, found: dict[str, Any]) -> list[Score]:
             samples = ()  # some other aggregate of them
         error = found["results"][task].get(f"{metric}_stderr,{kind}")
         label = metric if kind in ("none", "") else f"{metric}, {kind}"
-        scores.append(Score(task, label, _interval(value, samples, error), samples, bool(better.get(metric, True))))
+        interval, higher = _interval(value, samples, error), bool(better.get(metric, True))
+        scores.append(Score(task, label, interval, samples, higher, len(kept)))
     return scores
 
 

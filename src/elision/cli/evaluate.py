@@ -22,6 +22,7 @@ from elision.cli.common import (
     load,
     run_directory,
     show,
+    warn,
 )
 from elision.errors import InputError
 
@@ -83,7 +84,7 @@ def evaluate(
     if text is None and data is None and not tasks:
         raise InputError("nothing to score: give --text, --data or --tasks")
     texts = None if text is None else load_texts(text)
-    examples = None if data is None else load_examples(data)[:limit]
+    examples = None if data is None else load_examples(data, warn)[:limit]
     with (
         _changed(model, plan, adapter, dtype) as (changed, tokenizer),
         _baseline(model, plan, adapter, against, dtype) as (base, other),
@@ -98,6 +99,9 @@ def evaluate(
         if dry_run:
             show(_estimate(changed, base, batches, examples, tasks), as_json)
             return
+        for scored, name in ((changed, adapter or model), (base, against or model)):
+            if scored is not None:
+                _check_finite(scored, str(name))
         with run_directory(ctx, run) as kept:
             found = []
             if batches is not None:
@@ -180,6 +184,23 @@ def _check_pair(source: str, tokenizer: Any, against: str, other: Any, sample: l
         )
 
 
+def _check_finite(model: Any, name: str) -> None:
+    """Refuse, on the vocabulary's first tokens, a model whose predictions are no numbers."""
+    import torch
+
+    from elision import evaluate
+
+    tokens = torch.arange(min(8, model.config.get_text_config().vocab_size))
+    _finite(evaluate.loss(model, [{"input_ids": tokens[None]}]), f"the loss of {name}")
+
+
+def _finite(value: float, what: str) -> float:
+    """`value`, which nothing can be compared with where it is no number."""
+    if not math.isfinite(value):
+        raise InputError(f"{what} is {value}: weights or an adapter diverged, or need another --dtype (float32)")
+    return value
+
+
 def _text(model: Any, base: Any, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from elision import evaluate
     from elision.progress import progress
@@ -195,7 +216,7 @@ def _text(model: Any, base: Any, batches: list[dict[str, Any]]) -> list[dict[str
         rows = [_row("text", "perplexity", evaluate.perplexity_interval(own), count, better="lower")]
         if base is not None:
             other = evaluate.row_losses(base, advancing())
-            rows[0] |= {"baseline": evaluate.perplexity_interval(other).value}
+            rows[0] |= {"baseline": _finite(evaluate.perplexity_interval(other).value, "the baseline's perplexity")}
             rows[0] |= {"change": _bounds(evaluate.perplexity_change(own, other)), "relative": True}
             apart = evaluate.divergence(model, base, advancing())
             advance(len(batches))
@@ -236,10 +257,11 @@ def _tasks(model: Any, base: Any, tokenizer: Any, tasks: list[str], *settings: A
     rows = []
     for score, before in zip(own, other, strict=True):
         better = "higher" if score.higher_is_better else "lower"
-        rows.append(_row(score.task, score.metric, score.value, len(score.samples), better=better))
+        rows.append(_row(score.task, score.metric, score.value, score.count, better=better))
         if before is not None:
             change = harness.difference(score, before)
-            rows[-1] |= {"baseline": before.value.value, "change": None if change is None else _bounds(change)}
+            baseline = _finite(before.value.value, f"the baseline's {score.metric} on {score.task}")
+            rows[-1] |= {"baseline": baseline, "change": None if change is None else _bounds(change)}
     return rows
 
 
@@ -267,11 +289,12 @@ def _estimate(model: Any, base: Any, batches: Any, examples: Any, tasks: Any) ->
 
 
 def _row(task: str, metric: str, value: Interval, count: int, better: str = "higher") -> dict[str, Any]:
+    _finite(value.value, f"{metric} on {task}")
     return {"task": task, "metric": metric, **_bounds(value), "count": count, "better": better}
 
 
 def _bounds(found: Interval) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in found._asdict().items()}
+    return {name: value if math.isfinite(value) else None for name, value in found._asdict().items()}
 
 
 def _lines(found: list[dict[str, Any]]) -> str:

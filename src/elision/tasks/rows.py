@@ -66,5 +66,6 @@ def _local(file: str) -> Any:
 
     folder = shared_folder()
     if folder is None or not (folder / file).is_file():
-        raise InputError(f"data set {file} is not in {folder}: name the folder that holds it in ELISION_DATA")
+        place = "here, where no folder of data sets is" if folder is None else f"in {folder}"
+        raise InputError(f"data set {file} is not {place}: name the folder that holds it in ELISION_DATA")
     return folder / file
