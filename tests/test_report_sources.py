@@ -406,3 +406,78 @@ def test_latencies_are_shown_against_their_ideal(tmp_path: Path) -> None:
     rows = [{"workload": "decode", "variant": "plan", "ms": 15.0, "ideal_ms": 14.5}]  # as elision spd bench prints them
     (alone,) = sources.load(put(tmp_path / "alone.json", {"ranks": 2, "dropped": [1], "rows": rows})).latency
     assert (alone.ranks, alone.ideal_ms) == (2, 14.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "headline"),
+    [
+        (
+            {"dropped": [0, 2]},
+            "On 4 ranks, the plan of p spares syncs after attention in 2 of 3 blocks (dropped in 0, 2) for a cost that "
+            "was not measured.",
+        ),
+        (
+            {**VERIFIED, "dropped": [2], "int8": [0], "skipped": [1]},
+            "On 4 ranks, the plan of p spares syncs after attention in 3 of 3 blocks (dropped in 2, int8 in 0 and "
+            "skipped in 1) for +2.00% perplexity on held-out text.",
+        ),
+        (
+            {**VERIFIED, "dropped": [0, 2]},
+            "P leaves out 66.7% of the syncs after attention for +2.00% perplexity (held-out text).",
+        ),
+    ],
+)
+def test_a_plan_that_is_no_point_of_its_curve_gets_no_cost_from_it(
+    change: dict[str, Any], headline: str, tmp_path: Path
+) -> None:
+    plan = put(tmp_path / "p.json", {**PLAN, **change})
+    assert verdict.headline(sources.load(plan)) == headline
+    text = report.write(plan, tmp_path / "page").read_text()
+    assert "no point of it is this plan" in text and "Ringed" not in text and "+0.30%" not in text
+    spared = f"<td>{'2; int8 0; skipped 1' if 'int8' in change else '0, 2'}</td>"
+    assert spared in re.sub(r"<td[^>]*>", "<td>", text)
+    assert "Ringed" in report.write(put(tmp_path / "on.json", PLAN), tmp_path / "on").read_text()
+
+
+def test_benchmarks_on_one_page_are_each_held_against_their_own_baseline(tmp_path: Path) -> None:
+    def bench(name: str, slower: float) -> Path:
+        rows = [row | {"step_ms": slower * row["step_ms"]} for row in EVERYTHING["steps"]]
+        return put(tmp_path / f"{name}.json", {"benchmark": "steps", "rows": rows})
+
+    def served(name: str, all_syncs: float, plan: float) -> Path:
+        rows = [
+            {"workload": "decode", "variant": "all syncs", "ms": all_syncs, "ideal_ms": all_syncs},
+            {"workload": "decode", "variant": "plan", "ms": plan, "ideal_ms": plan},
+        ]
+        return put(tmp_path / f"{name}.json", {"ranks": 2, "rows": rows})
+
+    given = [bench("a", 1.0), bench("b", 10.0), served("c", 100.0, 90.0), served("d", 10.0, 9.5)]
+    found = sources.together([(path.stem, sources.load(path)) for path in given])
+    assert [row.shape for row in found.steps] == ["a: S1"] * 2 + ["b: S1"] * 2
+    assert "the plan takes 10.0% off decode on c: this machine" in verdict.headline(found)
+    page = report.write(given, tmp_path / "page").read_text()
+    assert "Time of a step, a: S1" in page and "Time of a step, b: S1" in page
+    one = sources.together([("a", sources.load(given[0])), ("c", sources.load(given[2]))])
+    assert {row.shape for row in one.steps} == {"S1"} and {row.link for row in one.latency} == {"this machine"}
+    whole = {"phase": "decode", "link": "here", "variant": "all syncs"}
+    rows: list[dict[str, Any]] = [{**whole, "ranks": ranks, "ms": 50 * ranks} for ranks in (2, 4)]
+    rows += [{**rows[0], "variant": "plan", "ms": 90, "ideal_ms": 90}]
+    assert "The plan takes 10.0% off" in verdict.headline(check({"latency": rows}))
+    timed = [row | {"step_ms": slower * row["step_ms"]} for row in EVERYTHING["steps"] for slower in (1, 10)]
+    drawn = measured.step_times(check({"steps": timed}).steps, "steps", "Steps").figure.axes[0].lines[0].get_xdata()
+    assert list(drawn) == pytest.approx([400, 4000, 400 / 2.9, 4000 / 2.9])
+
+
+def test_a_source_is_called_by_its_whole_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lr.3e-4").mkdir()
+    assert sources.labels([tmp_path / "lr.3e-4", tmp_path / "plan.json"]) == ["lr.3e-4", "plan"]
+    monkeypatch.chdir(tmp_path / "lr.3e-4")
+    assert sources.labels(["."]) == ["lr.3e-4"]
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    put(tmp_path / "plan.json", PLAN)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(InputError, match=r"plan\.json cannot be read \(Permission denied\): give a file that you may"):
+        sources.load(tmp_path / "plan.json")

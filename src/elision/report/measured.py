@@ -193,7 +193,8 @@ def step_times(rows: Sequence[StepTime], name: str, title: str) -> Plot:
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = panels(1, 0.9 + 0.42 * len(rows))
         axis.barh(range(len(rows)), [row.step_ms for row in rows], height=0.62, color=SKY, label="measured")
-        ideals = [(place, base / row.ideal) for place, row in enumerate(rows) if row.ideal]
+        bases = [row.step_ms * row.speedup if row.speedup else base for row in rows]  # several runs have each its own
+        ideals = [(place, bases[place] / row.ideal) for place, row in enumerate(rows) if row.ideal]
         if ideals:
             places, values = zip(*ideals, strict=True)
             axis.plot(
@@ -281,7 +282,8 @@ def latencies(rows: Sequence[Latency], name: str, title: str) -> Plot:
             marks = [(row.ideal_ms, place) for place, row in enumerate(own) if row.ideal_ms is not None]
             if marks:
                 axis.plot(*zip(*marks, strict=True), "D", color=INK, markerfacecolor="none", linestyle="none")
-            _named_rows(axis, [row.variant for row in own])
+            several = len({row.ranks for row in own}) > 1
+            _named_rows(axis, [f"{row.variant}, {row.ranks} ranks" if several else row.variant for row in own])
             axis.set_title(link)
         axes[-1].set_xlabel("milliseconds")
     return Plot(

@@ -310,15 +310,18 @@ def _figures(results: Results) -> list[Figure]:
         )
     if results.spd:
         model, most = results.spd[0], results.spd[0].ranks[-1]
-        cost, text = most.increases[most.chosen], f" on {model.text}" if model.text == verdict.CALIBRATION else ""
+        cost, text = most.cost, f" on {model.text}" if model.text == verdict.CALIBRATION else ""
+        text = f" on {verdict.HELD_OUT}" if most.chosen is None else text
         for each in results.tradeoffs:
             if (each.name, each.saving) == (model.model, verdict.SYNCS):  # verified on other text than was planned on
                 cost, text = next((p.cost for p in each.points if p.kind == "chosen"), cost), f" on {verdict.HELD_OUT}"
+        others = [f"{len(blocks)} {how}" for how, blocks in most.other.items() if blocks and how != "dropped"]
         found.append(
             Figure(
-                f"{most.chosen} of {most.layers}",
-                f"syncs after attention dropped on {most.ranks} ranks",
-                f"{verdict.change(cost)} perplexity{text}"
+                f"{len(most.dropped)} of {most.layers}",
+                f"syncs after attention dropped on {most.ranks} ranks"
+                + (f", {verdict.listed(others)}" if others else ""),
+                ("cost not measured" if cost is None else f"{verdict.change(cost)} perplexity{text}")
                 + ("" if most.max_loss is None else f", budget +{verdict.limit(most.max_loss)}"),
             )
         )

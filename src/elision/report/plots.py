@@ -264,15 +264,16 @@ def dropping(model: SyncPointDrop, every: Sequence[SyncPointDrop], name: str) ->
             axis.plot(
                 range(layers + 1), increases, marker=marker, color=colour, markersize=4, label=f"{ranks.ranks} ranks"
             )
-            axis.plot(
-                ranks.chosen,
-                increases[ranks.chosen],
-                "o",
-                color=colour,
-                markerfacecolor="none",
-                markeredgewidth=1.5,
-                markersize=11 + 4 * index,
-            )
+            if ranks.chosen is not None:
+                axis.plot(
+                    ranks.chosen,
+                    increases[ranks.chosen],
+                    "o",
+                    color=colour,
+                    markerfacecolor="none",
+                    markeredgewidth=1.5,
+                    markersize=11 + 4 * index,
+                )
         for budget in budgets:
             axis.axhline(budget, color=MUTED, linewidth=1, linestyle=DASHED)
             axis.text(0, budget, f"budget {limit(budget / 100)}", color=MUTED, va="bottom", fontsize=9)
@@ -283,14 +284,21 @@ def dropping(model: SyncPointDrop, every: Sequence[SyncPointDrop], name: str) ->
         axis.set_title("Increase of perplexity")
         axis.set_xlabel(f"dropped syncs, of {layers}")
         axis.legend(loc="upper left")
+    ringed = f" Ringed: what the plan chose{' within its budget' if budgets else ''}."
     return Plot(
         name=name,
         title=f"Cost of dropping, {model.model}",
-        caption="Blocks go in ascending order of sensitivity, nothing is healed. Ringed: what the plan chose"
-        f"{' within its budget' if budgets else ''}. The scale is linear up to {linear:g}% and logarithmic beyond.",
+        caption="Blocks go in ascending order of sensitivity, nothing is healed."
+        f"{ringed if any(ranks.chosen is not None for ranks in model.ranks) else ''} "
+        f"The scale is linear up to {linear:g}% and logarithmic beyond.",
         description=" ".join(
-            f"{ranks.ranks} ranks: {ranks.chosen} of {layers} dropped at {change(ranks.increases[ranks.chosen])}, all "
-            f"at {change(ranks.increases[-1])}."
+            f"{ranks.ranks} ranks: "
+            + (
+                ""
+                if ranks.chosen is None
+                else f"{ranks.chosen} of {layers} dropped at {change(ranks.increases[ranks.chosen])}, "
+            )
+            + f"all at {change(ranks.increases[-1])}."
             for ranks in model.ranks
         ),
         figure=figure,

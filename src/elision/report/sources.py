@@ -85,8 +85,12 @@ def together(results: Sequence[tuple[str, Results]]) -> Results:
         names = {name: _named(label, name) if name else label for name in (part.model for part in run.evaluation)}
         scored = [part.model_copy(update={"model": names[part.model]}) for part in run.evaluation]
         merged.setdefault("evaluation", []).extend(scored)
-        for kind in ("steps", "latency", "links"):
-            merged.setdefault(kind, []).extend(getattr(run, kind))
+        # What one run timed is held against that run's own baseline, so its name goes where rows are told apart by.
+        for kind, field in (("steps", "shape"), ("latency", "link"), ("links", "name")):
+            alone = sum(bool(getattr(other, kind)) for _, other in results) == 1
+            for part in getattr(run, kind):
+                named = part if alone else part.model_copy(update={field: _named(label, getattr(part, field))})
+                merged.setdefault(kind, []).append(named)
         merged.setdefault("plans", {}).update({_named(label, name): plan for name, plan in run.plans.items()})
     merged["tradeoffs"] = _joined([(label, each) for label, run in results for each in run.tradeoffs])
     return Results(**merged)
@@ -125,13 +129,16 @@ def _joined(tradeoffs: Sequence[tuple[str, Tradeoff]]) -> list[Tradeoff]:
 def labels(sources: Sequence[str | Path]) -> list[str]:
     """A short name for each source: its last part, or as much of the path as tells them apart."""
     paths = [Path(source) for source in sources]
-    names = [path.stem if path.suffix else path.name for path in paths]
+    names = [path.absolute().name if path.is_dir() else path.stem for path in paths]
     return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
 def _json(path: Path) -> Mapping[str, Any]:
     """The one object of a JSON file, or that of a program's last line."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace").strip()
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="replace").strip()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give a file that you may read") from None
     for part in (text, *text.splitlines()[-1:]):
         try:
             values = json.loads(part)
@@ -183,17 +190,24 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
 def _sync_plan(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     sections: dict[str, Any] = {}
     if (found := values.get("calibration")) is not None:
-        dense = found["perplexities"][0]
-        ranks = {
+        dense, dropped = found["perplexities"][0], values["dropped"]
+        treated = {how: values[how] for how in ("dropped", "int8", "skipped") if values.get(how)}
+        ranks: dict[str, Any] = {
             "ranks": values["ranks"],
             "sensitivities": [100 * value / dense for value in found["sensitivities"]],
             "order": found["order"],
             "perplexities": found["perplexities"],
-            "chosen": len(values["dropped"]),
+            "chosen": len(dropped),
         }
+        # What spd.calibration.on_curve asks: whether the curve's k-th point is this plan.
+        if treated.keys() - {"dropped"} or set(found["order"][: len(dropped)]) != set(dropped):
+            ranks |= {"chosen": None, "other": treated}
+            if (verified := values.get("verified")) is not None:
+                ranks["other_cost"] = verified["planned"] / verified["dense"] - 1
         text = {"text": CALIBRATION, "tokens": 0}
         sections["spd"] = [{"model": name, **text, "dense_perplexity": dense, "ranks": [ranks]}]
-    if (verified := values.get("verified")) is not None and values.get("model") is not None:
+    mixed = sections and (values.get("int8") or values.get("skipped"))  # saves more than what is left out
+    if (verified := values.get("verified")) is not None and values.get("model") is not None and not mixed:
         costs = {"as it is": verified["zero_shot"], "healed": verified["planned"]}
         if costs["as it is"] == costs["healed"] or not values.get("healed"):
             costs = {HELD_OUT: verified["planned"]}

@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from elision.report import verdict
-from elision.report.results import TIERS, FineTune, Latency, Measure, Results, StepTime, SyncPointDrop
+from elision.report.results import TIERS, FineTune, Latency, Measure, Ranks, Results, StepTime, SyncPointDrop
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,14 @@ def ranks(model: SyncPointDrop) -> Table:
     columns = ("ranks", "dropped", "blocks", "perplexity", "increase", "all dropped", *TIERS)
     rows = []
     for each in model.ranks:
-        chosen = each.increases[each.chosen]
         tiers = [model.tier(sensitivity) for sensitivity in each.sensitivities]
         rows.append(
             [
                 Cell(str(each.ranks), each.ranks),
-                Cell(f"{each.chosen} of {each.layers}", each.chosen),
-                Cell(verdict.spans(each.dropped)),
-                Cell(verdict.number(each.perplexities[each.chosen], 3), each.perplexities[each.chosen]),
-                Cell(verdict.change(chosen), chosen),
+                Cell(f"{len(each.dropped)} of {each.layers}", len(each.dropped)),
+                Cell(_blocks(each)),
+                _optional(None if each.chosen is None else each.perplexities[each.chosen], 3),
+                Cell("–") if each.cost is None else Cell(verdict.change(each.cost), each.cost),
                 Cell(verdict.change(each.increases[-1]), each.increases[-1]),
                 *(Cell(str(tiers.count(tier)), tiers.count(tier)) for tier in range(len(TIERS))),
             ]
@@ -106,6 +105,12 @@ def ranks(model: SyncPointDrop) -> Table:
     budgets = f"budget {verdict.listed([f'+{verdict.limit(loss)}' for loss in limits])} of the " if limits else ""
     title = f"Sync-Point Drop, {model.model}: {budgets}dense perplexity, {verdict.number(model.dense_perplexity, 3)}"
     return Table(title, columns, (False, True, False, *[True] * 6), rows)
+
+
+def _blocks(is_: Ranks) -> str:
+    """The dropped blocks, and those whose sync is spared in another way."""
+    others = [f"{how} {verdict.spans(blocks)}" for how, blocks in is_.other.items() if blocks and how != "dropped"]
+    return "; ".join([verdict.spans(is_.dropped), *others])
 
 
 def evaluation(measures: Sequence[Measure]) -> Table:

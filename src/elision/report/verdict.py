@@ -22,6 +22,7 @@ from elision.report.results import (
     Links,
     Measure,
     Pair,
+    Ranks,
     Results,
     StepTime,
     SyncPointDrop,
@@ -151,14 +152,27 @@ def _dropped(models: Sequence[SyncPointDrop]) -> str | None:
     if not models:
         return None
     model = models[0]
-    counts = listed([each.chosen for each in model.ranks])
-    ranks = listed([each.ranks for each in model.ranks])
-    worst = max(each.increases[each.chosen] for each in model.ranks)
-    at_most = " at most" if len(model.ranks) > 1 else ""
+    found = [(each.ranks, each.chosen, each.increases[each.chosen]) for each in model.ranks if each.chosen is not None]
+    if not found:
+        return "; ".join(mixed(model.model, each) for each in model.ranks)
+    counts = listed([chosen for _, chosen, _ in found])
+    ranks = listed([ranks for ranks, _, _ in found])
+    worst = max(cost for _, _, cost in found)
+    at_most = " at most" if len(found) > 1 else ""
     return (
         f"on {ranks} ranks, Sync-Point Drop leaves out {counts} of the {model.model}'s {model.ranks[0].layers} syncs "
         f"after attention for {change(worst)} perplexity{at_most}"
         + (f" on {CALIBRATION} itself" if model.text == CALIBRATION else "")
+    )
+
+
+def mixed(name: str, is_: Ranks) -> str:
+    """A plan that is no point of the curve beside it: what it does to which blocks, and what that was found to cost."""
+    done = [f"{how} in {spans(blocks)}" for how, blocks in is_.other.items() if blocks]
+    cost = "a cost that was not measured" if is_.cost is None else f"{change(is_.cost)} perplexity on {HELD_OUT}"
+    return (
+        f"on {is_.ranks} ranks, the plan of {name} spares syncs after attention in "
+        f"{sum(map(len, is_.other.values()))} of {is_.layers} blocks ({listed(done or ['none'])}) for {cost}"
     )
 
 
@@ -228,22 +242,28 @@ def dropped(models: Sequence[SyncPointDrop]) -> list[str]:
     """What dropping syncs shows: one sentence a model, then how every later model compares with the first."""
     sentences = []
     for model in models:
-        some = [f"{each.chosen} ({change(each.increases[each.chosen])})" for each in model.ranks]
-        every = [change(each.increases[-1]) for each in model.ranks]
-        ranks = listed([each.ranks for each in model.ranks])
-        sentences.append(
-            f"{capital(model.model)}, on {ranks} ranks: the plan leaves out {listed(some)} of {model.ranks[0].layers} "
-            f"syncs after attention; leaving out all of them costs {listed(every)} perplexity."
-        )
-        limits = [(each, each.max_loss) for each in model.ranks if each.max_loss is not None]
-        over = [each for each, most in limits if each.increases[each.chosen] > most]
+        found = [(each, each.increases[each.chosen]) for each in model.ranks if each.chosen is not None]
+        if found:
+            some = [f"{each.chosen} ({change(cost)})" for each, cost in found]
+            every = [change(each.increases[-1]) for each, _ in found]
+            ranks = listed([each.ranks for each, _ in found])
+            sentences.append(
+                f"{capital(model.model)}, on {ranks} ranks: the plan leaves out {listed(some)} of "
+                f"{model.ranks[0].layers} syncs after attention; leaving out all of them costs {listed(every)} "
+                "perplexity."
+            )
+        for each in model.ranks:
+            if each.chosen is None:
+                beside = "The curve is that of dropping alone, in the calibration's order"
+                sentences.append(f"{capital(mixed(model.model, each))}. {beside}: no point of it is this plan.")
+        over = [(each, cost) for each, cost in found if each.max_loss is not None and cost > each.max_loss]
         if over:
-            budgets = listed(sorted({f"+{limit(most)}" for each, most in limits if each in over}))
-            places = listed([f"{change(each.increases[each.chosen])} on {each.ranks} ranks" for each in over])
+            budgets = listed(sorted({f"+{limit(each.max_loss or 0.0)}" for each, _ in over}))
+            places = listed([f"{change(cost)} on {each.ranks} ranks" for each, cost in over])
             sentences.append(f"{capital(model.model)}: the budget of {budgets} does not hold on this text ({places}).")
     for model in models[1:]:
-        first = {each.ranks: each.chosen for each in models[0].ranks}
-        shared = [each for each in model.ranks if each.ranks in first]
+        first = {each.ranks: each.chosen for each in models[0].ranks if each.chosen is not None}
+        shared = [each for each in model.ranks if each.ranks in first and each.chosen is not None]
         same = [each.ranks for each in shared if each.chosen == first[each.ranks]]
         counts = [f"as many on {listed(same)} ranks"] if same else []
         counts += [
@@ -287,14 +307,14 @@ def fastest(rows: Sequence[StepTime]) -> str | None:
 
 def served(rows: Sequence[Latency]) -> str | None:
     """What a plan, or else dropping every sync, saved most over all syncs, with the ideal beside it."""
-    whole = {(row.phase, row.link): row.ms for row in rows if row.variant == "all syncs"}
-    timed = [row for row in rows if row.ideal_ms is not None and (row.phase, row.link) in whole]
+    whole = {(row.phase, row.link, row.ranks): row.ms for row in rows if row.variant == "all syncs"}
+    timed = [row for row in rows if row.ideal_ms is not None and (row.phase, row.link, row.ranks) in whole]
     known = [row for row in timed if row.variant == "plan"] or [row for row in timed if row.variant == "all dropped"]
     if not known:
         return None
-    saved = {id(row): 1 - row.ms / whole[row.phase, row.link] for row in known}
+    saved = {id(row): 1 - row.ms / whole[row.phase, row.link, row.ranks] for row in known}
     best = max(known, key=lambda row: saved[id(row)])
-    share, ideal = saved[id(best)], 1 - (best.ideal_ms or 0.0) / whole[best.phase, best.link]
+    share, ideal = saved[id(best)], 1 - (best.ideal_ms or 0.0) / whole[best.phase, best.link, best.ranks]
     what = "the plan" if best.variant == "plan" else "dropping every sync after attention"
     took = f"takes {percent(share)} off" if share >= 0 else f"adds {percent(-share)} to"
     alone = "the dropped syncs alone " + ("would be" if share >= 0 else "would take off")
