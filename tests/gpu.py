@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import dlpack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elision
@@ -96,9 +97,12 @@ class Gpu:
         self._modes = (_Devices(self), _Run(self))
 
     def __enter__(self) -> Self:
-        self._before = torch.cuda._lazy_init, torch.cuda.synchronize
+        self._before = torch.cuda._lazy_init, torch.cuda.synchronize, dlpack.to_dlpack, dlpack.from_dlpack
         torch.cuda._lazy_init = lambda: None  # which C++ calls before it asks for a tensor there
         torch.cuda.synchronize = lambda device=None: self.wait("synchronize")
+        # of C++ too, which finds no memory in a wrapper
+        dlpack.to_dlpack = lambda x: x if isinstance(x, OnGpu) else self._before[2](x)
+        dlpack.from_dlpack = self._from_dlpack
         for mode in self._modes:
             mode.__enter__()
         return self
@@ -106,11 +110,15 @@ class Gpu:
     def __exit__(self, *error: Any) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(*error)
-        torch.cuda._lazy_init, torch.cuda.synchronize = self._before
+        torch.cuda._lazy_init, torch.cuda.synchronize, dlpack.to_dlpack, dlpack.from_dlpack = self._before
 
     def put(self, batch: Mapping[str, Any], *but: str) -> dict[str, Any]:
         """`batch` on the GPU, but for the tensors of those names."""
         return {n: OnGpu(t) if isinstance(t, Tensor) and n not in but else t for n, t in batch.items()}
+
+    def _from_dlpack(self, x: Any) -> Tensor:
+        _, _, pack, unpack = self._before
+        return OnGpu(unpack(pack(x.values))) if isinstance(x, OnGpu) else unpack(x)
 
     def wait(self, what: str) -> None:
         """Note that the host waits, and where the innermost line of the library is that asked for it."""

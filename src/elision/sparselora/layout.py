@@ -6,8 +6,9 @@ at a time. So each block's frozen weights move into four storages,
     qkv   (q + k + v channels, hidden)             o      (q channels, hidden)
     up    (gate + up channels, hidden)             down   (intermediate, hidden)
 
-and the modules' own parameters become views of them: same objects, names, shapes, values. There is no second copy,
-the state dict does not change, and `remove` gives every parameter a storage of its own again, bit for bit.
+and the modules' own parameters lie in their memory: same objects, names, shapes, values. There is no second copy, and
+`remove` gives every parameter memory of its own again, bit for bit. Each keeps a storage object for itself, as large as
+the weight: accelerate and safetensors take two names of one storage for one weight, and save the first alone.
 
 A quantised weight stays as it is and is dequantised each time that it is read, in full: the dense rows of a batch need
 all of it, so that dequantising the gathered channels alone would be work on top. Under autocast the same holds of the
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils import dlpack
 
 from elision.blocks import Block, Projection, matrix, quantised
 
@@ -34,7 +36,7 @@ class Matrix:
     def __init__(self, modules: list[nn.Linear], transposed: bool = False) -> None:
         self.modules = modules
         self.transposed = transposed
-        self.storage: Tensor | None = None  # of the laid out weights, of which the modules' own are views
+        self.storage: Tensor | None = None  # of the laid out weights, in whose memory the modules' own lie
 
     def __call__(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         if self.storage is not None:
@@ -52,11 +54,11 @@ class Matrix:
             self.storage = self._lay_out()
 
     def remove(self) -> None:
-        """Give every parameter that is a view of ours its own contiguous storage."""
+        """Give every parameter that lies in our memory contiguous memory of its own."""
         if self.storage is not None:
-            ours = self.storage.untyped_storage().data_ptr()
+            start = self.storage.data_ptr()
             for module in self.modules:
-                if module.weight.untyped_storage().data_ptr() == ours:
+                if start <= module.weight.data_ptr() < start + self.storage.nbytes:
                     module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
         self.storage = None
 
@@ -71,11 +73,11 @@ class Matrix:
             return weights[0]
         storage = torch.cat(weights)
         for module, view in zip(self.modules, storage.split([len(weight) for weight in weights]), strict=True):
-            module.weight.data = view
+            module.weight.data = _apart(view)
         return storage
 
     def _in_place(self) -> bool:
-        """Whether the parameters still are the views that they were made."""
+        """Whether the parameters still lie where they were put."""
         if self.storage is None:
             return False
         start = self.storage.data_ptr()
@@ -120,10 +122,15 @@ class Layout:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Put every weight back into a storage of its own."""
+        """Put every weight back into memory of its own."""
         for weights in self.weights:
             for found in vars(weights).values():
                 found.remove()
+
+
+def _apart(view: Tensor) -> Tensor:
+    """The same memory, kept alive by it, behind a storage that begins and ends where the view does."""
+    return dlpack.from_dlpack(dlpack.to_dlpack(view))
 
 
 def stacked_bias(projections: list[Projection], dtype: torch.dtype) -> Tensor | None:
