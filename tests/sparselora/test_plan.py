@@ -118,6 +118,12 @@ def test_uniform_refuses(arguments: dict[str, Any], message: str) -> None:
         SparsityPlan.uniform(tiny.base(), 1.2)
 
 
+@pytest.mark.parametrize("name", ["ranks", "ffn"])
+def test_the_default_refuses_what_is_no_setting(name: str) -> None:
+    with pytest.raises(InputError, match=f"setting '{name}' is not known: use selection, rank, dense_steps"):
+        SparsityPlan.default(tiny.base(), **{name: 8})
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

@@ -158,8 +158,9 @@ class SparsityPlan:
         other fields of a plan (selection, rank, dense_steps, ...).
 
         Raises:
-            InputError: what the constructor refuses.
+            InputError: an unknown setting, or what the constructor refuses.
         """
+        _check_settings(settings)
         facts = ModelFacts.of(model)
 
         def share(first: int, last: int, sparsity: float) -> tuple[float, ...]:
@@ -197,8 +198,7 @@ class SparsityPlan:
         wanted = tuple(parts)
         if unknown := sorted(set(wanted) - set(PARTS)):
             raise InputError(f"part {unknown[0]!r} is not known: use {', '.join(PARTS)}")
-        if unknown := sorted(set(settings) - {field.name for field in fields(cls)} | set(settings) & {"model", *PARTS}):
-            raise InputError(f"setting {unknown[0]!r} is not known: use {', '.join(_SETTINGS)}")
+        _check_settings(settings)
         by_part = {
             part: tuple(sparsity if part in wanted and layer in chosen else 0.0 for layer in range(facts.layers))
             for part in PARTS
@@ -276,6 +276,11 @@ _REQUIRED: dict[type, list[str]] = {
     SparsityPlan: ["model", *PARTS],
 }
 _SETTINGS = [field.name for field in fields(SparsityPlan) if field.name not in _REQUIRED[SparsityPlan]]
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    if unknown := sorted(set(settings) - set(_SETTINGS)):
+        raise InputError(f"setting {unknown[0]!r} is not known: use {', '.join(_SETTINGS)}")
 
 
 def _build(kind: type, values: Any, where: str) -> Any:

@@ -110,7 +110,7 @@ def load_predictor(path: str | Path, model: nn.Module, mode: str | None = None) 
             key = f"model.layers.{block.index}.{_ATTRIBUTES[name]}"
             if missing := [f"{key}.{side}" for side in ("w1", "w2") if f"{key}.{side}" not in tensors]:
                 raise InputError(f"predictor {path} lacks {missing[0]}, which mode {mode} prunes: download it again")
-            weight = projection.weight.detach().float()
+            weight = projection.matrix.detach().float()
             b, a = tensors[f"{key}.w2"].T.float().contiguous(), tensors[f"{key}.w1"].T.float().contiguous()
             if b.shape != (len(weight), plan.rank) or a.shape != (plan.rank, weight.shape[1]):
                 shapes = f"{tuple(a.T.shape)} and {tuple(b.T.shape)}"
