@@ -38,6 +38,7 @@ from elision.families import (
     sliding_window,
     treatment,
 )
+from elision.quantisation import matrix, quantised
 
 __all__ = [
     "FAMILIES",
@@ -63,32 +64,6 @@ __all__ = [
 
 
 _MATRIX = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # what a quantised weight is not stored in
-
-
-def quantised(base: nn.Module) -> str | None:
-    """How the weight of a linear map is quantised: "nf4", "fp4", "int8", "int4" (torchao, weight only) or another class
-    of torchao's; None: not, as far as is known.
-    """
-    weight: Any = getattr(base, "weight", None)
-    if type(weight).__name__ == "Params4bit":
-        return str(weight.quant_type)
-    if not type(weight).__module__.startswith("torchao."):
-        return None
-    name = type(weight).__name__
-    activations = {"Int8Tensor": "act_quant_kwargs", "IntxUnpackedToInt8Tensor": "activation_quantization"}
-    if name not in activations or getattr(weight, activations[name], None) is not None:
-        return f"torchao's {name}"
-    return str(getattr(weight, "target_dtype", "int8")).removeprefix("torch.")
-
-
-def matrix(base: nn.Module) -> Tensor:
-    """(out_features, in_features): the weight of a linear map, dequantised anew where it is quantised."""
-    module: Any = base
-    if quantised(base) is None:
-        return module.weight
-    from peft.utils.integrations import dequantize_module_weight  # not at import: a serving process has no PEFT
-
-    return dequantize_module_weight(module).detach().reshape(module.out_features, module.in_features)
 
 
 @dataclass(frozen=True)
@@ -207,13 +182,29 @@ class Decoder:
     config: PretrainedConfig  # its text config
     family: Family
     blocks: tuple[Block, ...]
-    embeddings: nn.Module
-    final_norm: nn.Module | None
-    project_out: nn.Module | None  # between final norm and head, where embeddings are narrower (OPT-350m)
-    lm_head: nn.Module  # what makes logits now: an nn.Linear, or a PEFT layer around it
     logits_scaling: float  # logits are divided by it (Granite)
     logits_softcap: float | None  # logits are c tanh(logits / c) (Gemma 2)
     tied: bool  # the output head shares the embeddings' weight
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """What makes hidden states of tokens now: adapters and trained copies come and go around it."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm between the last block and the head now."""
+        return getattr(self.model.get_decoder(), self.family.final_norm)
+
+    @property
+    def project_out(self) -> nn.Module | None:
+        """What stands between final norm and head where embeddings are narrower (OPT-350m)."""
+        return getattr(self.model.get_decoder(), "project_out", None)
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """What makes logits now: an nn.Linear, or a PEFT layer around it."""
+        return self.model.get_output_embeddings()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of the last block's output (..., hidden_size), as the model itself makes them."""
@@ -239,19 +230,14 @@ def decoder(model: nn.Module) -> Decoder:
         raise InputError(f"{type(inner).__name__} has no language-model head: load it with AutoModelForCausalLM")
     config = inner.config.get_text_config()
     stack: Any = inner.get_decoder()
-    embeddings = inner.get_input_embeddings()
     return Decoder(
         model=inner,
         config=config,
         family=family,
         blocks=tuple(_block(family, config, index, layer) for index, layer in enumerate(stack.layers)),
-        embeddings=embeddings,
-        final_norm=getattr(stack, family.final_norm),
-        project_out=getattr(stack, "project_out", None),
-        lm_head=lm_head,
         logits_scaling=float(getattr(config, "logits_scaling", 1.0)),
         logits_softcap=getattr(config, "final_logit_softcapping", None),
-        tied=_bare(lm_head).weight is _bare(embeddings).weight,
+        tied=_bare(lm_head).weight is _bare(inner.get_input_embeddings()).weight,
     )
 
 

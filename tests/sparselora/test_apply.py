@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+from peft import AdaLoraConfig, IA3Config, LoraConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from elision import blocks, sparselora
 from elision.errors import InputError
@@ -172,6 +173,34 @@ def test_a_loop_that_forgets_the_schedule_is_told_once() -> None:
         handle.step(0.5)
         model(**inputs)
         assert handle.forwards["sparse"] == 1
+
+
+@pytest.mark.parametrize("forgotten", ["train", "the model itself"])
+def test_a_loop_without_a_training_forward_is_told_once(forgotten: str) -> None:
+    model, inputs = tiny.lora(), tiny.batch()
+    call = model if forgotten == "train" else model.get_base_model().forward
+    with sparsify(model, tiny.plan(model)) as handle:
+        handle.step(0.0)
+        handle.step(0.0)  # a Trainer begins so
+        model(**inputs)
+        model.eval()(**inputs)  # evaluation
+        model.train(forgotten != "train")
+        handle.step(0.1)
+        call(**inputs)
+        with pytest.warns(UserWarning, match=r"no forward in train mode since the last step, .* call model.train\(\)"):
+            handle.step(0.2)
+        call(**inputs)
+        handle.step(0.3)
+        assert handle.forwards["sparse"] == 1
+
+
+def test_a_run_behind_the_with_block_is_told_once() -> None:
+    model = tiny.lora()
+    with sparsify(model, tiny.plan(model)) as handle:
+        handle.step(0.0)
+    with pytest.warns(UserWarning, match="removed from the model, so training is dense: train within the with block"):
+        handle.step(0.5)
+    handle.step(0.6)
 
 
 def test_the_summary_is_one_line_that_says_what_and_why() -> None:
@@ -369,6 +398,10 @@ def test_refusals_name_what_is_wrong_and_change_nothing() -> None:
     refused(tiny.peft_model(tiny.base(), dropping), plan, named)
     ia3 = tiny.peft_model(tiny.base(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     refused(ia3, plan, "no LoRA adapter to train")
+    adalora = tiny.peft_model(tiny.base(), AdaLoraConfig(target_modules=["q_proj"], total_step=10))
+    refused(adalora, plan, "model has an AdaLoRA adapter: SparseLoRA covers LoRA and DoRA, use LoraConfig")
+    told = sparselora.forecast(adalora, [tiny.batch()], plan)
+    assert told.obstacle == "an AdaLoRA adapter at q in layer 0"
     inside = LoraConfig(target_modules=["k_proj"], target_parameters=["self_attn.v_proj.weight"])
     named = "v_proj of layer 0 has its adapter from target_parameters, which would be pruned with the base: name it"
     refused(tiny.peft_model(tiny.base(), inside), plan, named)
@@ -426,6 +459,28 @@ def test_a_base_that_is_no_plain_linear_map_is_refused() -> None:
         "up_proj of layer 1 is Quantised, not a plain nn.Linear: load the model unquantised, in bitsandbytes",
     )
     sparsify(model, tiny.plan(model, selection="random", parts=("qk", "vo"))).remove()  # not touched there
+    with pytest.raises(InputError, match="up_proj of layer 1 is Quantised"):
+        sparselora.calibrate(model, [tiny.batch((9,), (2,))], flops=0.9)
+
+
+def test_a_base_that_has_no_weight_of_that_name_is_refused() -> None:
+    class Packed(nn.Module):
+        """As GPTQ and AWQ have them."""
+
+        in_features, out_features, bias = 32, 32, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = tiny.lora(targets=r".*\.v_proj")
+    blocks.decoder(model).blocks[0].attention.q_proj = Packed()
+    message = "q_proj of layer 0 is Packed, not a plain nn.Linear"
+    refused(model, tiny.plan(model), message)
+    with pytest.raises(InputError, match=message):
+        sparselora.calibrate(model, [tiny.batch((9,), (2,))], flops=0.9)
+    with sparselora.lossless(model) as handle:
+        model(**tiny.batch()).loss.backward()
+        assert handle.paths == {"reference (Packed at q in layer 0)": 1}
 
 
 def test_weights_that_deepspeed_partitions_are_refused() -> None:
@@ -436,6 +491,20 @@ def test_weights_that_deepspeed_partitions_are_refused() -> None:
         with pytest.raises(InputError, match=message):
             model(**tiny.batch())
     refused(model, tiny.plan(model), message)
+
+
+def test_fsdp1_is_refused_when_it_comes() -> None:
+    message = "flattened by FSDP1, which SparseLoRA does not cover: use FSDP2, fsdp_version=2"
+    model = tiny.lora()
+    layer = blocks.decoder(model).blocks[0].layer
+    own = type(layer)
+    with sparsify(model, tiny.plan(model)):
+        layer.__class__ = FullyShardedDataParallel  # accelerate puts one around each layer, after sparsify
+        with pytest.raises(InputError, match=message):
+            model(**tiny.batch())
+        with pytest.raises(InputError, match=message):
+            sparselora.sparsify(model, tiny.plan(model))
+        layer.__class__ = own
 
 
 def test_an_unknown_family_is_refused() -> None:

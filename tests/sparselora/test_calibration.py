@@ -164,7 +164,7 @@ def test_a_loss_limit_holds_for_all_parts_together() -> None:
 def test_time_is_measured_and_budgeted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.lora("llama")
     monkeypatch.setattr(
-        "elision.sparselora.stopwatch.step_seconds", lambda *_: {"dense": 1.0, "ffn": 0.5, "attention": 0.9}
+        "elision.sparselora.stopwatch.step_seconds", lambda *_, **__: {"dense": 1.0, "ffn": 0.5, "attention": 0.9}
     )
     plan = quick(model, time=0.7)
     found = plan.calibration
@@ -172,6 +172,25 @@ def test_time_is_measured_and_budgeted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 / 0.7 - 1e-6 <= found.speedup < 1.5
     with pytest.raises(InputError, match=r"time=0.2 cannot be met: 90% everywhere, .* give at least 0.4"):
         quick(model, time=0.2)
+    outputs = tiny.batch((0, 0), (9, 9))
+    for budget in ("time", "flops"):
+        with pytest.raises(InputError, match=f"{budget}=0.7 cannot be met: .* still costs 1.000 of dense LoRA"):
+            quick(model, [outputs], **{budget: 0.7})
+
+
+@pytest.mark.parametrize("selection", ["svd", "whitened"])
+def test_steps_are_timed_with_the_factors_that_losses_are_measured_with(
+    selection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = tiny.lora("llama"), []
+    compute, whitened = Factors.compute, Factors.whitened(model, data())
+    monkeypatch.setattr(Factors, "compute", lambda *given: made.append(given) or compute(*given))
+    seconds = iter([1.0, 1.0, 1.0, 0.5, 1.0, 0.9] * 3)  # of the dense step, the FFN sparse, and attention
+    monkeypatch.setattr(stopwatch, "_step", lambda *_: next(seconds))
+    given = {} if selection == "svd" else {"factors": whitened}
+    plan = quick(model, selection=selection, time=0.7, **given)
+    assert plan.calibration is not None and plan.calibration.speedup_from == "timed steps"
+    assert len(made) == (1 if selection == "svd" else 0)
 
 
 def test_steps_are_timed_on_the_model_itself() -> None:

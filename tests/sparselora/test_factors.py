@@ -11,7 +11,7 @@ import torch
 
 from elision import blocks
 from elision.errors import InputError
-from elision.sparselora import Factors, SparsityPlan, sparsify, tokens
+from elision.sparselora import Factors, SparsityPlan, calibrate, sparsify, tokens
 from tests.sparselora import tiny
 
 
@@ -131,6 +131,17 @@ def test_factors_of_another_model_rank_or_plan_are_refused() -> None:
         sparsify(model, plan, Factors.compute(model, 4))
     with pytest.raises(InputError, match=r"factors lack layers\.0\.q, which the plan prunes"):
         sparsify(model, plan, Factors.compute(model, 8, tiny.plan(model, selection="svd", layers=[1])))
+
+
+def test_factors_that_the_plan_does_not_use_are_refused() -> None:
+    model = tiny.lora()
+    factors = Factors.compute(model)
+    message = "factors are given, which selection 'sampled' does not use: leave them out"
+    with pytest.raises(InputError, match=message):
+        sparsify(model, tiny.plan(model, selection="sampled"), factors)
+    with pytest.raises(InputError, match=message):
+        calibrate(model, [tiny.batch()], flops=0.9, selection="sampled", factors=factors)
+    sparsify(model, tiny.plan(model, 0.0), factors).remove()  # nothing to select
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt"])

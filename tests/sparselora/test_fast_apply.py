@@ -584,3 +584,51 @@ def test_every_precision_trains_on_either_path(dtype: torch.dtype) -> None:
             gradients = tiny.gradients(model)
             assert {g.dtype for g in gradients.values()} == {torch.float32 if widened else dtype}
             assert all(bool(g.isfinite().all()) for g in gradients.values())
+
+
+def beside() -> dict[str, Any]:
+    """What may come to the embeddings and the head of a model that is sparse already."""
+
+    def adapter(**options: Any) -> Any:
+        def add(model: Any) -> None:
+            model.add_adapter("late", LoraConfig(r=2, init_lora_weights=False, **options))
+            model.set_adapter("late")
+
+        return add
+
+    def resized(model: Any) -> None:
+        model.get_base_model().resize_token_embeddings(tiny.VOCABULARY + 9, mean_resizing=False)
+
+    return {
+        "adapters": adapter(target_modules=["q_proj", "lm_head", "embed_tokens"]),
+        "a trained copy": adapter(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        "other sizes": resized,
+    }
+
+
+@pytest.mark.parametrize("change", beside())
+def test_embeddings_and_head_that_change_later_are_those_that_are_used(change: str) -> None:
+    found = []
+    for path in ("reference", "fast"):
+        model = tiny.lora(targets=tiny.ATTENTION)
+        with sparsify(model, tiny.plan(model), path=path) as handle:
+            tiny.loss_and_gradients(model, **turns())
+            torch.manual_seed(3)
+            beside()[change](model)
+            model.double()
+            found.append(tiny.loss_and_gradients(model, **turns()))
+            assert handle.paths == ({"fast": 2} if path == "fast" else {})
+    assert tiny.close(found[0], found[1])
+    assert any("lm_head" in name for name in found[0][1]) == (change != "other sizes")
+
+
+@pytest.mark.parametrize("path", ["reference", "fast"])
+def test_packed_rows_stay_apart_where_nobody_speaks_of_caches(path: Any) -> None:
+    """transformers makes a cache unless it is told not to, and with one it tells no sequences of a row apart."""
+    model, inputs = tiny.lora(), packed()
+    expected = run(model, inputs, "reference", tiny.plan(model))  # which says use_cache=False
+    assert model.get_base_model().config.use_cache
+    with sparsify(model, tiny.plan(model), path=path), tiny.InDouble():
+        loss = model(**inputs).loss
+        loss.backward()
+    assert tiny.close((loss.detach(), tiny.gradients(model)), expected)

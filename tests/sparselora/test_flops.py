@@ -174,6 +174,16 @@ def test_a_model_that_takes_the_reference_path_is_promised_no_speedup() -> None:
     assert told.line().startswith("expect no speedup: dropout in the model, so training takes the reference path")
 
 
+@pytest.mark.parametrize("path", ["reference", "auto"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_model_that_is_sparse_already_is_promised_the_same(family: str, path: Any) -> None:
+    model, batches = tiny.lora(family), [tiny.batch((40, 40), (10, 10))]
+    plan = tiny.plan(model, 0.9)
+    told = forecast(model, batches, plan)
+    with sparsify(model, plan, path=path):
+        assert told.obstacle is None and forecast(model, batches, plan) == told
+
+
 LLAMA3_8B = flops.Shape(32, 4096, 14336, heads=32, kv_heads=8, head_dim=128, vocabulary=128256)
 MATH10K = SparsityPlan(
     ModelFacts("llama", 32, 32, 8, 128, 4096, 14336),

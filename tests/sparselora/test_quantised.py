@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -11,9 +12,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from elision import blocks
-from elision.sparselora import lossless, sparsify
+from elision.errors import InputError
+from elision.sparselora import forecast, load_predictor, lossless, sparsify, stopwatch
 from tests.sparselora import tiny
 from tests.sparselora.test_fast_apply import turns
+from tests.sparselora.test_presets import publish
 
 Result = tuple[Tensor, dict[str, Tensor]]
 
@@ -124,3 +127,49 @@ def test_products_in_another_precision_take_the_reference_by_name() -> None:
     with sparsify(model, tiny.plan(model)) as handle:
         step(model)
         assert handle.paths == {"reference (4-bit products in bfloat16 at up in layer 1)": 1}
+
+
+def computing_in(model: Any, dtype: torch.dtype) -> Any:
+    for block in blocks.decoder(model).blocks:
+        for projection in block.projections.values():
+            projection.base.compute_dtype = dtype  # type: ignore[assignment]
+    return model
+
+
+def test_autocast_that_comes_with_training_is_waited_for() -> None:
+    """4-bit maps in bfloat16, all else in single precision: before a Trainer's autocast is on, and under it."""
+    model, inputs, low = computing_in(qlora("llama"), torch.bfloat16), turns(), torch.autocast("cpu", torch.bfloat16)
+    plan = tiny.plan(model)
+    told = forecast(model, [inputs], plan)
+    assert told.obstacle is None and told.line().startswith("under autocast to bfloat16, expect at most ")
+    with low:
+        assert forecast(model, [inputs], plan).line().startswith("expect at most ")
+    with sparsify(model, plan, path="fast") as handle:
+        assert handle.summary().endswith("; on the fast path under autocast to bfloat16, else on the reference path")
+        with low:
+            assert handle.summary().endswith("; on the fast path")
+            model(**inputs).loss.backward()
+            assert handle.paths == {"fast": 1}
+        with pytest.raises(InputError, match="does not cover 4-bit products in bfloat16 at q in layer 0"):
+            model(**inputs)
+    with low, sparsify(computing_in(model, torch.float32), plan) as handle:
+        assert handle.summary().endswith("; on the fast path without autocast, else on the reference path")
+        model(**inputs)
+        assert handle.paths == {"reference (4-bit products in float32 at q in layer 0)": 1}
+
+
+def test_steps_are_timed_under_the_autocast_that_training_has(caplog: pytest.LogCaptureFixture) -> None:
+    model, seen = computing_in(qlora("llama"), torch.bfloat16), []
+    blocks.decoder(model).embeddings.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    stopwatch.measure(model, [turns()], tiny.plan(model), turns=1)
+    assert seen == [True] * 6
+    assert not any(record.name.startswith("elision") for record in caplog.records)  # it would name the reference
+
+
+def test_a_published_predictor_is_held_against_the_dequantised_weights(tmp_path: Path) -> None:
+    model = qlora("llama")
+    plan, factors = load_predictor(publish(model, tmp_path), model, "o1")
+    with sparsify(model, plan, factors) as handle:
+        handle.step(0.5)
+        step(model)
+        assert handle.forwards == {"sparse": 1}

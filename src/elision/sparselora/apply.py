@@ -46,14 +46,15 @@ from elision.errors import InputError
 from elision.sparselora import tokens
 from elision.sparselora.choices import BlockChoices, Kept, SparseBatch
 from elision.sparselora.coverage import active_names, check_adapters, check_model, check_whole, idle
-from elision.sparselora.factors import Factors, estimated
+from elision.sparselora.factors import Factors, check_used, estimated
 from elision.sparselora.fast import Fast, Step, checkpointing
+from elision.sparselora.obstacles import condition
 from elision.sparselora.plan import ModelFacts, SparsityPlan
 from elision.sparselora.reference import ABSENT, MaskedLinear, masked
 from elision.sparselora.rows import Elisions, arrange, between
 from elision.sparselora.standin import StandIn, eagerly
 from elision.sparselora.tokens import Given, TokenKinds
-from elision.sparselora.trainers import LABELS, announce, schedule
+from elision.sparselora.trainers import LABELS, REMOVED, UNLABELLED, UNSCHEDULED, UNSEEN, announce, schedule
 
 _ARGUMENT = "elision_sparse_batch"
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def sparsify(
         elisions: what the fast path leaves out although that is exact; None: all of it.
 
     Raises:
-        InputError: an uncovered family, a plan or factors for another model, no adapter to train, an adapter or base
+        InputError: an uncovered family, a plan or factors that do not fit it, no adapter to train, an adapter or base
             that the method does not cover, or a model that is sparse already. The model is unchanged then.
     """
     if not isinstance(plan, SparsityPlan):
@@ -102,6 +103,8 @@ def sparsify(
             raise InputError("selection 'whitened' needs factors made on data: give Factors.whitened(model, batches)")
         factors = factors or Factors.compute(model, plan.rank, plan)
         factors.check(view, plan)
+    else:
+        check_used(factors, plan)
     return SparseHandle(model, view, plan, factors, path, elisions or Elisions())
 
 
@@ -145,6 +148,8 @@ class SparseHandle:
         self._view = view
         self._done: float | None = None  # share of the steps done; None: nobody has told
         self._untold = False  # whether a run began whose line is still to be said
+        self._trains = False  # whether a forward in train mode came since the latest step
+        self._warnings: set[str] = set()
         self._held: Kept | None = None
         self._batch: SparseBatch | None = None  # of the causal LM's forward that is running
         self._latest: SparseBatch | None = None
@@ -180,6 +185,11 @@ class SparseHandle:
         """
         if not 0.0 <= done <= 1.0:
             raise InputError(f"step({done!r}) is not in [0, 1]: give steps done / steps in all")
+        if not self._hooks:
+            self._warn(REMOVED)
+        elif self._done is not None and done > self._done and not self._trains:
+            self._warn(UNSEEN)
+        self._trains = False
         self._untold = self._untold or self._done is None or done < self._done
         self._done = float(done)
 
@@ -242,7 +252,10 @@ class SparseHandle:
         if self._fast is None:
             return "; on the reference path, as asked for"
         reason = self._fast.obstacle()
-        return "; on the fast path" if reason is None else f"; on the reference path ({reason})"
+        if reason is not None:
+            return f"; on the reference path ({reason})"
+        asked = condition(self._view)
+        return "; on the fast path" + (f" {asked}, else on the reference path" if asked else "")
 
     def _exchange(self, factors: Factors | None) -> None:
         stack = self._stack
@@ -270,12 +283,11 @@ class SparseHandle:
 
     def _stand_in(self, elisions: Elisions) -> None:
         """Put forwards in front of the model's own, and of its stack's, that can take the fast path."""
-        own, stack = {hook.id for hook in self._hooks}, self._stack
-        fast = Fast(self._model, self._view, self._choices, elisions, own)
+        fast = Fast(self._model, self._view, self._choices, elisions)
         if self._path == "fast" and (reason := fast.obstacle()):
             raise InputError(_uncovered(reason))
         self._fast = fast
-        for name, module in (("model", self._view.model), ("stack", stack)):
+        for name, module in (("model", self._view.model), ("stack", self._stack)):
             if "forward" not in vars(module):
                 self._standins[name] = StandIn(module, partial(self._compute, name))
 
@@ -296,6 +308,7 @@ class SparseHandle:
 
     def _decided(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self._batch = self._step = None
+        self._trains = self._trains or model.training
         if self._untold and model.training:  # here and not before, for what autocast and wrappers change is known now
             self._untold = False
             announce(self.summary())
@@ -312,7 +325,10 @@ class SparseHandle:
             self.draws += 1
         if given is not None and kinds is not None and self._path != "reference":
             self._route(call, given, kinds, rows)
-        return args, {name: value for name, value in kwargs.items() if name != LABELS}
+        kwargs = {name: value for name, value in kwargs.items() if name != LABELS}
+        if model.training and labels is not None and "use_cache" not in call and call.get("past_key_values") is None:
+            kwargs["use_cache"] = False  # transformers tells packed rows apart only where it makes no cache
+        return args, kwargs
 
     def _route(self, call: dict[str, Any], given: Given, kinds: TokenKinds, rows: Tensor | None) -> None:
         """Set the fast step of a training forward, or name why there is none."""
@@ -384,7 +400,7 @@ class SparseHandle:
         check_whole(self._view)  # Trainer partitions after `sparsify`, before its first step
         if labels is None or given is None:
             if torch.is_grad_enabled() and self._done is not None:
-                self._warn_unlabelled()
+                self._warn(UNLABELLED)
             return None, None, "no labels in the call"
         inputs = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
         if inputs is not None and labels.shape != inputs.shape[:2]:
@@ -403,7 +419,7 @@ class SparseHandle:
         if not bool(kinds.loss_bearing.any()):
             return None, None, "no label to predict"
         if self._done is None and self.plan.dense_steps > 0:
-            self._warn_unscheduled()
+            self._warn(UNSCHEDULED)
             return kinds, None, "the schedule was never told a step"
         if (self._done or 0.0) < self.plan.dense_steps:
             return kinds, None, "first steps"
@@ -413,21 +429,11 @@ class SparseHandle:
         check_adapters(self._view, self.plan)
         return kinds, rows, ""
 
-    def _warn_unlabelled(self) -> None:
-        if not any(what.endswith("no labels in the call)") for what in self.forwards):
-            warnings.warn(
-                "SparseLoRA is dense where a training call has no labels: give the Trainer "
-                "data_collator=elision.sparselora.keep_labels(collate), or the model sparse_labels=labels",
-                stacklevel=2,
-            )
-
-    def _warn_unscheduled(self) -> None:
-        if not any(what.endswith("never told a step)") for what in self.forwards):
-            warnings.warn(
-                "SparseLoRA stays dense until its schedule knows how far training is: pass callbacks=[handle.schedule] "
-                "to the Trainer, or call handle.step(done) in your loop",
-                stacklevel=2,
-            )
+    def _warn(self, message: str) -> None:
+        """Once for each message."""
+        if message not in self._warnings:
+            self._warnings.add(message)
+            warnings.warn(message, stacklevel=2)
 
 
 def _uncovered(obstacle: str) -> str:

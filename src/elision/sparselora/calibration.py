@@ -41,8 +41,8 @@ from elision.layerwise import fingerprint
 from elision.sparselora import flops as counting
 from elision.sparselora import rehearsal, stopwatch, sweep
 from elision.sparselora.allotment import Allotment, Point, Walk, allot
-from elision.sparselora.coverage import check_dense
-from elision.sparselora.factors import Factors, estimated
+from elision.sparselora.coverage import check_bases, check_dense, check_whole
+from elision.sparselora.factors import Factors, check_used, estimated
 from elision.sparselora.flops import Shape, Workload
 from elision.sparselora.forecasts import adapters_or_usual, compare, under, workloads
 from elision.sparselora.plan import PARTS, Calibration, Part, SparsityPlan
@@ -102,6 +102,8 @@ def calibrate(
     if reason := blocks.refusal(view.model.config, "sparselora"):
         raise InputError(reason)
     check_dense(view)
+    check_whole(view)
+    check_bases(view)
     facts = ModelFacts.of(model)
     zeros = (0.0,) * facts.layers
     try:
@@ -116,7 +118,7 @@ def calibrate(
     factors = _factors(model, base, grid, factors)
     cost = _Cost(model, [under(work, base) for work in works], base, grid, count)
     if budget == "time":
-        cost.time_steps(model, data)
+        cost.time_steps(model, data, factors)
     if budget != "max_loss":
         cost.check(limit, budget)
 
@@ -324,7 +326,7 @@ class _Cost:
                 f"{math.ceil(100 * least) / 100:g}, or fewer dense_steps"
             )
 
-    def time_steps(self, model: nn.Module, data: Sequence[Batch]) -> None:
+    def time_steps(self, model: nn.Module, data: Sequence[Batch], factors: Factors | None) -> None:
         """Make seconds the unit: the dense step's, and what an operation left out is worth in the FFN and around
         attention, from steps timed in turns.
         """
@@ -333,14 +335,15 @@ class _Cost:
         high = (max(self.grid),) * self.shape.layers
         now = replace(self.base, dense_steps=0.0)
         plans = {"dense": now, "ffn": replace(now, ffn=high), "attention": replace(now, qk=high, vo=high)}
-        took = stopwatch.step_seconds(model, [batch], plans)
+        took = stopwatch.step_seconds(model, [batch], plans, factors=factors)
         one = _Cost(model, works, self.base, self.grid)
         saved = {name: one.dense - one.operations(plan) for name, plan in plans.items()}
         self.names = list(COUNTED)
         self.whole = took["dense"] * self.operations(self.base) / one.dense
         for part in PARTS:
             kind = "ffn" if part == "ffn" else "attention"
-            self.worth[part] = max(0.0, (took["dense"] - took[kind]) / saved[kind])
+            gained = max(0.0, took["dense"] - took[kind])
+            self.worth[part] = gained / saved[kind] if saved[kind] > 0 else 0.0  # no context token: nothing is saved
 
 
 def check_budget(
@@ -385,6 +388,7 @@ def _factors(model: nn.Module, base: SparsityPlan, grid: Sequence[float], factor
     high = (max(grid),) * base.model.layers
     everywhere = replace(base, ffn=high, qk=high, vo=high)
     if not any(estimated(everywhere, 0, name) for name in view.blocks[0].projections):
+        check_used(factors, everywhere)
         return None
     if factors is None and base.selection == "whitened":
         raise InputError("selection 'whitened' needs factors made on data: give Factors.whitened(model, batches)")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from elision import blocks
 from elision.errors import InputError
@@ -37,12 +39,24 @@ def active_names(model: nn.Module) -> set[str]:
 
 
 def check_whole(view: blocks.Decoder) -> None:
-    """Raise InputError where DeepSpeed has taken the weights apart: it puts them together for modules called whole."""
-    if hasattr(view.blocks[0].q.base.weight, "ds_id"):
+    """Raise InputError where DeepSpeed or FSDP1 has taken the weights apart, which put them together for modules called
+    whole, and for AdaLoRA, which calls the model past its hooks. Asked before every training forward: trainers wrap
+    late.
+    """
+    weight = getattr(view.blocks[0].q.base, "weight", None)  # quantised kinds have others
+    if hasattr(weight, "ds_id"):
         raise InputError(
             "weights of the model are partitioned by DeepSpeed ZeRO-3, which SparseLoRA does not cover: use ZeRO-2 or "
             "FSDP2"
         )
+    for module in view.model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise InputError(
+                "weights of the model are flattened by FSDP1, which SparseLoRA does not cover: use FSDP2, "
+                "fsdp_version=2 in accelerate"
+            )
+        if isinstance(module, AdaLoraLayer):
+            raise InputError("model has an AdaLoRA adapter: SparseLoRA covers LoRA and DoRA, use LoraConfig")
 
 
 def check_dense(view: blocks.Decoder) -> None:
@@ -72,8 +86,18 @@ def check_model(view: blocks.Decoder, plan: SparsityPlan) -> None:
             )
         for name, projection in block.projections.items():
             if plan.sparsity(block.index, name) > 0:
-                _check_base(f"{projection.attribute} of layer {block.index}", projection.base)
+                where, base = f"{projection.attribute} of layer {block.index}", projection.base
+                _check_base(where, base)
+                if base.weight.is_meta:
+                    raise InputError(f"{where} is offloaded, not a plain nn.Linear: load the model on one device")
     check_adapters(view, plan)
+
+
+def check_bases(view: blocks.Decoder) -> None:
+    """Raise InputError where a plan could prune a projection whose base the method does not cover."""
+    for block in view.blocks:
+        for projection in block.projections.values():
+            _check_base(f"{projection.attribute} of layer {block.index}", projection.base)
 
 
 def check_adapters(view: blocks.Decoder, plan: SparsityPlan) -> None:
@@ -109,8 +133,6 @@ def _check_adapter(where: str, projection: blocks.Projection) -> None:
 
 def _check_base(where: str, base: nn.Module) -> None:
     kind = blocks.quantised(base)
-    if isinstance(base, nn.Linear) and base.weight.is_meta:
-        raise InputError(f"{where} is offloaded, not a plain nn.Linear: load the model on one device")
     if kind in ("nf4", "fp4", "int8", "int4") or (type(base) is nn.Linear and kind is None):
         return
     raise InputError(

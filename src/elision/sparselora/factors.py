@@ -53,7 +53,7 @@ class Factors:
         """Decompose the projections of `model` that `plan` prunes; None: every projection that a plan could.
 
         Raises:
-            InputError: the model is of no supported family, or its weights are quantised.
+            InputError: the model is of no supported family.
         """
         view = blocks.decoder(model)
         pairs = {}
@@ -163,6 +163,12 @@ class Factors:
         keys = {name.rsplit(".", 1)[0] for name in tensors}
         pairs = {key: (tensors[f"{key}.b"], tensors[f"{key}.a"]) for key in keys}
         return cls(card["rank"], card["weights"], pairs, card["kind"])
+
+
+def check_used(factors: Factors | None, plan: SparsityPlan) -> None:
+    """Raise InputError where `factors` are given to a plan that prunes and selects without any."""
+    if factors is not None and any((*plan.ffn, *plan.qk, *plan.vo)):
+        raise InputError(f"factors are given, which selection {plan.selection!r} does not use: leave them out")
 
 
 def estimated(plan: SparsityPlan, layer: int, name: str) -> bool:

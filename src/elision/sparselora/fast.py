@@ -62,23 +62,20 @@ class Step:
 
 
 class Fast:
-    """The fast step of `model`, which `view` shows. `own` are the ids of hooks that are this library's."""
+    """The fast step of `model`, which `view` shows."""
 
-    def __init__(
-        self, model: nn.Module, view: Decoder, choices: list[BlockChoices], elisions: Elisions, own: set[int]
-    ) -> None:
+    def __init__(self, model: nn.Module, view: Decoder, choices: list[BlockChoices], elisions: Elisions) -> None:
         self.model = model
         self.view = view
         self.choices = choices
         self.elisions = elisions.effective()
-        self.own = own
         self.layout = Layout(view.blocks)
 
     def obstacle(self, call: dict[str, Any] | None = None, given: Given | None = None) -> str | None:
         """Why the model as it is now, or this call of it, takes the reference; None: it does not."""
-        return model_obstacle(self.model, self.view, self.own) or (
-            call_obstacle(call, given, self.view) if call is not None and given is not None else None
-        )
+        if call is None or given is None:
+            return model_obstacle(self.model, self.view)
+        return model_obstacle(self.model, self.view, called=True) or call_obstacle(call, given, self.view)
 
     def remove(self) -> None:
         """Put the weights back."""

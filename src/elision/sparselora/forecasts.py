@@ -24,7 +24,7 @@ from elision.errors import InputError
 from elision.facts import ModelFacts
 from elision.sparselora import flops, tokens
 from elision.sparselora.flops import Adapter, Cost, Shape, Workload
-from elision.sparselora.obstacles import model_obstacle
+from elision.sparselora.obstacles import condition, model_obstacle
 from elision.sparselora.plan import SparsityPlan
 
 RANK = 32  # of the LoRA that a model without adapters is taken to get on Q, K, V and O
@@ -46,12 +46,14 @@ class Forecast:
         flops: operations of the run over those of dense LoRA, by FIGURES.
         speedup: over dense LoRA, by operations.
         obstacle: why the model, as it stands, trains on the reference path; None: it does not, or has no adapters yet.
+        condition: what else training off the reference path needs, "under autocast to bfloat16"; None: nothing.
     """
 
     output_share: float
     flops: Mapping[str, float]
     speedup: float
     obstacle: str | None = None
+    condition: str | None = None
 
     def line(self) -> str:
         """One line for people."""
@@ -61,7 +63,9 @@ class Forecast:
                 f"than dense training; the fast path would need {self.flops['full']:.0%} of dense LoRA's operations"
             )
         return (
-            f"expect at most {self.speedup:.2f}x over dense LoRA that computes no padding and no unread logits either: "
+            ("" if self.condition is None else f"{self.condition}, ")
+            + f"expect at most {self.speedup:.2f}x over dense LoRA that computes no padding and no unread logits "
+            "either: "
             f"{self.flops['full']:.0%} of its operations "
             f"({self.flops['half']:.0%} with causal attention, {self.flops['full, without head']:.0%} without the "
             f"output head); {self.output_share:.0%} of the tokens are outputs and stay dense"
@@ -78,8 +82,10 @@ def forecast(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], plan: Sp
     """
     plan.check(ModelFacts.of(model))
     told = compare(Shape.of(model), workloads(batches), adapters_or_usual(model), plan)
-    adapted = any(isinstance(module, LoraLayer) for module in model.modules())
-    return replace(told, obstacle=model_obstacle(model, decoder(model), frozenset()) if adapted else None)
+    if not any(isinstance(module, LoraLayer) for module in model.modules()):
+        return told
+    view = decoder(model)
+    return replace(told, obstacle=model_obstacle(model, view), condition=condition(view))
 
 
 def compare(

@@ -7,10 +7,11 @@ forward, so what changes meanwhile is seen by the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -32,9 +33,9 @@ _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "dropout", "layer
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def model_obstacle(model: nn.Module, view: Decoder, own: Set[int]) -> str | None:
-    """Why `model`, which `view` shows, takes the reference as it is now; None: it does not. `own` are the ids of our
-    own hooks.
+def model_obstacle(model: nn.Module, view: Decoder, called: bool = False) -> str | None:
+    """Why `model`, which `view` shows, takes the reference as it is now; None: it does not. `called`: in a call, so
+    that the autocast that is on decides; before, it may yet come to suit 4-bit maps (`condition`).
     """
     config = view.config
     if view.model.config.model_type != config.model_type:
@@ -50,13 +51,17 @@ def model_obstacle(model: nn.Module, view: Decoder, own: Set[int]) -> str | None
     if any(getattr(hook, "__name__", "").startswith("neftune") for hook in view.embeddings._forward_hooks.values()):
         return "NEFTune noise, whose size goes by the padded length"
     stack: Any = view.model.get_decoder()
-    if hooked(stack, own):
+    if hooked(stack):
         return f"a hook on {type(stack).__name__}"
     if isinstance(model, FSDPModule) and not all(isinstance(block.layer, FSDPModule) for block in view.blocks):
         return "FSDP2 without a unit for each layer"
-    dtype, products, device = row_dtype(view), product_dtype(view), view.blocks[0].q.base.weight.device
+    first: Any = view.blocks[0].q.base
+    if not isinstance(getattr(first, "weight", None), Tensor):  # of a quantised kind, which packs it under another name
+        return f"{type(first).__name__} at q in layer 0"
+    dtype, device = row_dtype(view), first.weight.device
+    products = product_dtype(view) if called else autocast_dtype(view) or dtype
     for block in view.blocks:
-        if reason := _layer_obstacle(block, dtype, products, device, own):
+        if reason := _layer_obstacle(block, dtype, products, device):
             return f"{reason} in layer {block.index}"
         if _alive_at_zero(block.activation):
             return f"an activation that is not 0 at 0 in layer {block.index}"
@@ -85,6 +90,31 @@ def product_dtype(view: Decoder) -> torch.dtype:
     return torch.get_autocast_dtype(device) if lower else dtype
 
 
+def _four_bit(view: Decoder) -> torch.dtype | None:
+    """That of the products of 4-bit maps, by the first of them; None: there is none."""
+    for block in view.blocks:
+        for projection in block.projections.values():
+            if quantised(projection.base) in ("nf4", "fp4"):
+                base: Any = projection.base
+                return base.compute_dtype or row_dtype(view)
+    return None
+
+
+def autocast_dtype(view: Decoder) -> torch.dtype | None:
+    """That of the autocast which training needs for 4-bit maps to compute as all others do; None: it needs none."""
+    found = _four_bit(view)
+    return found if found in (torch.bfloat16, torch.float16) and found != row_dtype(view) else None
+
+
+def condition(view: Decoder) -> str | None:
+    """What the fast path of 4-bit maps asks of autocast and does not find now; None: nothing."""
+    found = _four_bit(view)
+    if found is None or found == product_dtype(view):
+        return None
+    lower = autocast_dtype(view)
+    return "without autocast" if lower is None else f"under autocast to {_name(lower)}"
+
+
 def call_obstacle(call: dict[str, Any], given: Given, view: Decoder) -> str | None:
     """Why this call takes the reference; None: it does not. `given` tells its tokens apart."""
     for name, value in call.items():
@@ -105,9 +135,7 @@ def call_obstacle(call: dict[str, Any], given: Given, view: Decoder) -> str | No
     return None
 
 
-def _layer_obstacle(
-    block: Block, dtype: torch.dtype, products: torch.dtype, device: torch.device, own: Set[int]
-) -> str | None:
+def _layer_obstacle(block: Block, dtype: torch.dtype, products: torch.dtype, device: torch.device) -> str | None:
     layer: Any = block.layer
     gathered = isinstance(block.layer, FSDPModule)  # whole while it is called, which the fast step does
     adapters: set[int] = set()
@@ -131,7 +159,7 @@ def _layer_obstacle(
             continue
         if "forward" in module.__dict__:
             return f"a replaced forward of {_place(layer, module)}"
-        if hooked(module, own, sharding=gathered and module is layer):
+        if hooked(module, sharding=gathered and module is layer):
             return f"a hook on {_place(layer, module)}"
         for parameter in module._parameters.values():
             if parameter is not None and parameter.requires_grad and id(parameter) not in adapters:
@@ -143,6 +171,8 @@ def _layer_obstacle(
 def _projection_obstacle(projection: Projection, adapters: set[int]) -> str | None:
     """Why this projection cannot be computed; None: it can, and its trained factors are added to `adapters`."""
     module: Any = projection.module
+    if isinstance(module, AdaLoraLayer):
+        return "an AdaLoRA adapter"
     if isinstance(module, LoraLayer):
         names, kinds = active(module), variants(module)
         dropping = [name for name in names if dropout(module, name)]
@@ -166,15 +196,17 @@ def _projection_obstacle(projection: Projection, adapters: set[int]) -> str | No
     return None
 
 
-def hooked(module: Any, own: Set[int] = frozenset(), sharding: bool = False) -> bool:
-    """Whether a hook waits for this module to be called, other than `own` and those that transformers leaves behind
+def hooked(module: Any, sharding: bool = False) -> bool:
+    """Whether a hook waits for this module to be called, other than our own and those that transformers leaves behind
     where hidden states were once asked for, which do nothing unless they are asked for again; with `sharding`, other
     than FSDP2's.
     """
-    harmless = ("transformers.utils.output_capturing", *(("torch.distributed.fsdp.",) if sharding else ()))
+    harmless = (f"{__package__}.", "transformers.utils.output_capturing")
+    harmless += ("torch.distributed.fsdp.",) if sharding else ()
     for kind in _HOOKS:
-        for number, hook in module.__dict__[kind].items():
-            if number not in own and not (getattr(hook, "__module__", None) or "").startswith(harmless):
+        for hook in module.__dict__[kind].values():
+            made = getattr(hook, "func", hook)  # a partial is of functools
+            if not (getattr(made, "__module__", None) or "").startswith(harmless):
                 return True
     return False
 

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elision import blocks
 from elision.progress import progress
 from elision.sparselora.apply import sparsify
 from elision.sparselora.factors import Factors
+from elision.sparselora.obstacles import autocast_dtype
 from elision.sparselora.plan import SparsityPlan
 
 
@@ -52,12 +54,14 @@ def step_seconds(
 ) -> dict[str, float]:
     """Median seconds of forward and backward of `model` under each plan (None: as it is), over turns and batches.
 
-    The model is left as it was; gradients are dropped. `advance` is called with 1 after each plan's turn.
+    Under autocast where 4-bit maps compute in a lower precision than the rest, as they are trained. The model is left
+    as it was; gradients are dropped. `advance` is called with 1 after each plan's turn.
 
     Raises:
         InputError: what `sparsify` refuses.
     """
     seconds: dict[str, list[float]] = {name: [] for name in plans}
+    lower = autocast_dtype(blocks.decoder(model))
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
@@ -65,8 +69,8 @@ def step_seconds(
             batch = {name: tensor.to(_device(model)) for name, tensor in batches[turn % len(batches)].items()}
             for name, plan in plans.items():
                 with nullcontext() if plan is None else sparsify(model, plan, factors):
-                    _step(model, batch)
-                    seconds[name].append(_step(model, batch))
+                    _step(model, batch, lower)
+                    seconds[name].append(_step(model, batch, lower))
                 advance(1)
     finally:
         for module, mode in modes:
@@ -75,9 +79,11 @@ def step_seconds(
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def _step(model: Any, batch: Mapping[str, Tensor]) -> float:
+def _step(model: Any, batch: Mapping[str, Tensor], lower: torch.dtype | None) -> float:
     start = time.perf_counter()
-    model(**batch).loss.backward()
+    with nullcontext() if lower is None else torch.autocast(_device(model).type, lower):
+        loss = model(**batch, use_cache=False).loss  # as Trainer has it
+    loss.backward()
     if _device(model).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

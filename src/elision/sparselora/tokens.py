@@ -12,9 +12,10 @@ so the last prompt token, which predicts the first output token, is dense. A seg
 of a packed row. A token after the last loss-bearing position of its segment is `elided`: attention is causal, so
 nothing that the loss reads depends on it, and it has no say in which channels are kept.
 
-Rows are taken as packed exactly where transformers does so: position ids are given and a mask is not, and a segment
-starts where a position does not follow its predecessor (resets to 0). With a mask, attention crosses such a
-boundary, and the row stays one segment.
+Rows are taken as packed where transformers does so that makes no key/value cache: position ids are given and a mask is
+not, and a segment starts where a position does not follow its predecessor (resets to 0). With a mask, attention
+crosses such a boundary, and the row stays one segment. With a cache it crosses too, and the default of transformers is
+to make one: a training forward whose call does not say gets use_cache=False (apply.py), evaluation is the caller's.
 
 A target counts whatever the mask says of its place, because the loss counts it: a masked position with a target, or
 before one, is dense and not padding.

@@ -23,6 +23,21 @@ if TYPE_CHECKING:
 LABELS = "sparse_labels"  # argument of the model's call: labels that only tell its tokens apart
 logger = logging.getLogger(__name__)
 
+# Why training is dense although it is meant to be sparse: said once a handle.
+UNLABELLED = (
+    "SparseLoRA is dense where a training call has no labels: give the Trainer "
+    "data_collator=elision.sparselora.keep_labels(collate), or the model sparse_labels=labels"
+)
+UNSCHEDULED = (
+    "SparseLoRA stays dense until its schedule knows how far training is: pass callbacks=[handle.schedule] "
+    "to the Trainer, or call handle.step(done) in your loop"
+)
+UNSEEN = (
+    "SparseLoRA saw no forward in train mode since the last step, so that one was dense: call model.train() before the "
+    "loop and model(**batch) in it, not model.forward or a module inside of it"
+)
+REMOVED = "SparseLoRA was removed from the model, so training is dense: train within the with block"
+
 
 def schedule(handle: SparseHandle) -> TrainerCallback:
     """The callback that tells `handle` at the start of every optimizer step how far training is.
