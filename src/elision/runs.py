@@ -33,9 +33,11 @@ from elision.errors import InputError
 
 PACKAGES = ("torch", "transformers", "peft")
 # Options that name files to be read, and which files of a directory are.
-INPUTS = dict.fromkeys(("plan", "data", "text", "held-out", "probe"), "**/*")
-INPUTS |= dict.fromkeys(("adapter", "against"), "adapter_*")
-INPUTS |= {"include": "**/*.yaml"}
+INPUTS: dict[str, str] = {
+    **dict.fromkeys(("plan", "data", "text", "held-out", "probe"), "**/*"),
+    **dict.fromkeys(("adapter", "against"), "adapter_*"),
+    "include": "**/*.yaml",
+}
 
 
 class Run:
