@@ -97,11 +97,11 @@ class Gpu:
         self._modes = (_Devices(self), _Run(self))
 
     def __enter__(self) -> Self:
-        self._before = torch.cuda._lazy_init, torch.cuda.synchronize, dlpack.to_dlpack, dlpack.from_dlpack
+        self._before: Any = torch.cuda._lazy_init, torch.cuda.synchronize, dlpack.to_dlpack, dlpack.from_dlpack  # type: ignore[attr-defined]
         torch.cuda._lazy_init = lambda: None  # which C++ calls before it asks for a tensor there
         torch.cuda.synchronize = lambda device=None: self.wait("synchronize")
         # of C++ too, which finds no memory in a wrapper
-        dlpack.to_dlpack = lambda x: x if isinstance(x, OnGpu) else self._before[2](x)
+        dlpack.to_dlpack = lambda x: x if isinstance(x, OnGpu) else self._before[2](x)  # type: ignore[attr-defined]
         dlpack.from_dlpack = self._from_dlpack
         for mode in self._modes:
             mode.__enter__()
@@ -110,7 +110,7 @@ class Gpu:
     def __exit__(self, *error: Any) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(*error)
-        torch.cuda._lazy_init, torch.cuda.synchronize, dlpack.to_dlpack, dlpack.from_dlpack = self._before
+        torch.cuda._lazy_init, torch.cuda.synchronize, dlpack.to_dlpack, dlpack.from_dlpack = self._before  # type: ignore[attr-defined]
 
     def put(self, batch: Mapping[str, Any], *but: str) -> dict[str, Any]:
         """`batch` on the GPU, but for the tensors of those names."""

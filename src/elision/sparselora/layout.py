@@ -130,7 +130,7 @@ class Layout:
 
 def _apart(view: Tensor) -> Tensor:
     """The same memory, kept alive by it, behind a storage that begins and ends where the view does."""
-    return dlpack.from_dlpack(dlpack.to_dlpack(view))
+    return dlpack.from_dlpack(dlpack.to_dlpack(view))  # type: ignore[attr-defined]
 
 
 def stacked_bias(projections: list[Projection], dtype: torch.dtype) -> Tensor | None:
