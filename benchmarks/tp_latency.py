@@ -4,6 +4,7 @@
     python benchmarks/tp_latency.py --quick               a tiny model, few turns, to see that all of it runs
     python benchmarks/tp_latency.py --out results.json    keep the JSON line there, and a page beside it; a killed run
                                                           goes on with the links that are missing
+    python benchmarks/tp_latency.py --overhead            what surrounds the bare loop in a decoded token, by kind
     python benchmarks/tp_latency.py --vllm PYTHON         all-reduces in vLLM's shared memory too, in that environment
 
 A Llama of 42 M parameters in 12 blocks with random weights, fp32, gloo. A link of 10 Gbit, 1 Gbit or 200 Mbit is a
@@ -29,10 +30,12 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import dataclasses
 import json
 import math
 import os
+import pstats
 import shutil
 import socket
 import statistics
@@ -280,6 +283,71 @@ def over(slow: list[float], fast: list[float]) -> list[float]:
     return [statistics.median(ratios), ratios[k - 1], ratios[-k]]
 
 
+KINDS = {  # of Python functions by their file, and of built-in ones by their name; the first that fits
+    "waiting in the all-reduce": ("c10d.wait>", "wait_tensor", "allreduce"),
+    "products and attention": ("_nn.linear>", "scaled_dot_product", "embedding"),
+    "DTensor and collectives, in Python": (
+        "distributed/tensor",
+        "functional_collectives",
+        "distributed_c10d",
+        "_ops.py",
+    ),
+    "transformers' modules": ("transformers/",),
+    "calls of modules and hooks": ("torch/nn/modules/module.py",),
+    "elision": ("elision/",),
+}
+
+
+def overhead_main(place: str, out: str, tokens: int) -> None:
+    """One rank: where the time of a decoded token goes beside what the bare loop takes; rank 0 writes it."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    model = runtime.load(place, SyncPlan(RANKS), timeout=120.0, drop=False)
+    rank = dist.get_rank()
+    dist.all_reduce(torch.zeros(1))
+    settle(rank)
+    whole = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    workload = Workload(1, 32, tokens)
+
+    def reduce(share: Tensor) -> Tensor:
+        dist.all_reduce(share)
+        return share
+
+    found = []
+    for name, plan in (("all syncs", SyncPlan(RANKS)), ("all dropped", SyncPlan(RANKS, tuple(range(12))))):
+        bare = Bare(whole, rank, reduce, bool(plan.dropped))
+        both = {name: latency.under(model, plan), "bare": lambda workload, bare=bare: latency.timed(bare, workload)}
+        took = latency.compare(both, [workload], 4)[workload.name]
+        with runtime.drop_syncs(model, plan):
+            profile = cProfile.Profile()
+            profile.runcall(latency.timed, model, workload)
+        own = {kind: 0.0 for kind in [*KINDS, "all else"]}
+        for (file, _, function), (_, _, seconds, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+            place_of = f"{file} {function}"
+            kind = next((kind for kind, marks in KINDS.items() if any(mark in place_of for mark in marks)), "all else")
+            own[kind] += 1e3 * seconds / (tokens + 1)  # the prompt's pass is one more
+        medians = {key: 1e3 * statistics.median(seconds) for key, seconds in took.items()}
+        found.append({"variant": name, "ms": medians[name], "bare_ms": medians["bare"], "profiled_ms": own})
+    if rank == 0:
+        Path(out).write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def show_overhead(found: list[dict[str, Any]], console: Console) -> None:
+    """A column a variant: what it takes, what the bare loop takes, what the profiler saw."""
+    table = Table(title="A decoded token, batch 1, loopback, ms")
+    for head in ("", *(each["variant"] for each in found)):
+        table.add_column(head, justify="right" if head else "left")
+    table.add_row("as it is", *(f"{each['ms']:.2f}" for each in found))
+    table.add_row("bare loop", *(f"{each['bare_ms']:.2f}" for each in found))
+    table.add_section()
+    for kind in found[0]["profiled_ms"]:
+        table.add_row(f"under the profiler: {kind}", *(f"{each['profiled_ms'][kind]:.2f}" for each in found))
+    console.print(table)
+
+
 def shared_memory_main(out: str, quick: bool) -> None:
     """One rank in vLLM's environment: its shared-memory all-reduce, cold, at every workload's size."""
     import vllm._C  # noqa: F401, registers the operations
@@ -426,12 +494,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15, help="turns of each variant")
     parser.add_argument("--out", type=Path, help="file for the JSON line, with a page beside it")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two turns")
+    parser.add_argument("--overhead", action="store_true", help="profile a decoded token on loopback instead")
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("--shared-memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rank-out", help=argparse.SUPPRESS)
     given = parser.parse_args()
     turns = 2 if given.quick else given.turns
+    if given.rank_of and given.overhead:
+        return overhead_main(given.rank_of, given.rank_out, 8 if given.quick else 128)
     if given.rank_of:
         return rank_main(given.rank_of, given.rank_out, turns, given.quick)
     if given.shared_memory:
@@ -457,6 +528,11 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(config(given.quick))
         found["parameters"] = model.num_parameters()
         model.save_pretrained(place)
+        if given.overhead:
+            with joined(None) as ends:
+                rows = run(ends, sys.executable, ["--rank-of", place, "--overhead"], given.quick)
+            show_overhead(rows, console)
+            return print(json.dumps({"benchmark": "tp_latency_overhead", **settings, "rows": rows}))
         for name in given.links.split(","):
             if all(link["link"] != name for link in found["links"]):
                 load = os.getloadavg()[0]
