@@ -1,6 +1,6 @@
 """The operations of the published SparseLoRA code, in our own plain words, to be timed beside ours.
 
-What METHODS says of that code decides what is here: boolean masks part context from output tokens around every pruned
+What is known of that code decides what is here: boolean masks part context from output tokens around every pruned
 projection, Q, K, V and O gather and scatter under no_grad (so context tokens get no gradient through them: faster than
 the method's own gradient, and wrong), channels are gathered as columns where the weight has them there, estimates are
 (T, D) tensors, the FFN's score is taken of the mean over the sequence, and two `.item()` a layer wait for a count.

@@ -179,6 +179,19 @@ def test_the_site_lists_pages_that_are_there() -> None:
     assert len(listed) > 10 and listed <= there
 
 
+def test_the_sections_of_the_maths_that_the_code_cites_are_there() -> None:
+    sections = set(re.findall(r"^##+ (.+)$", (ROOT / "docs" / "maths.md").read_text(encoding="utf-8"), re.M))
+    cited = {
+        (path.name, name.strip())
+        for folder in ("src", "benchmarks", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        for names in re.findall(r"\(maths: ([^)]+)\)", path.read_text(encoding="utf-8"))
+        for name in names.split(",")
+    }
+    assert len(cited) > 20
+    assert {each for each in cited if each[1] not in sections and each[0] != "test_docs.py"} == set()
+
+
 def test_tasks_in_the_prose_exist() -> None:
     ours = {path.stem for path in (ROOT / "src/elision/tasks").glob("*.yaml")}
     for page in PAGES:

@@ -56,7 +56,7 @@ class RowLoss(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """How far a model's predictions are from the dense model's, per predicted token (METHODS 2.2, 3.2)."""
+    """How far a model's predictions are from the dense model's, per predicted token."""
 
     kl: Interval  # KL(dense || model), nats
     agreement: Interval  # share of tokens for which both rank the same token first

@@ -4,7 +4,7 @@ A family is a row of `FAMILIES`, keyed by the config's model_type: the names its
 trade-off: a table must be told of each new family, where a search through module names would guess. A wrong guess
 trains silently wrong, so an unknown family is refused with one sentence; `UNCOVERED` has the reason for known ones.
 
-Where norms sit decides whether SPD's algebra holds (METHODS 2.1): it needs the MLP's input to be a norm of the
+Where norms sit decides whether SPD's algebra holds (maths: The block): it needs the MLP's input to be a norm of the
 residual stream plus a partial sum of attention outputs. With f attention or MLP and r the residual multiplier:
 
     pre       x + r f(norm(x))           Llama and its kin, Phi-3, Granite, OPT: SPD holds
@@ -224,7 +224,7 @@ def sliding_window(family: Family, config: PretrainedConfig, index: int) -> int 
 
 
 def allowed_ranks(config: PretrainedConfig) -> tuple[int, ...]:
-    """Every number N of tensor-parallel ranks that can share this model's heads (METHODS 2.1), ascending from 1.
+    """Every number N of tensor-parallel ranks that can share this model's heads (maths: The block), ascending from 1.
 
     N divides the query heads, and divides the kv heads or is a multiple of them (kv heads are then replicated). The
     intermediate size sets no limit: where N does not divide it, shards differ by at most one unit.

@@ -1,4 +1,4 @@
-"""SparseLoRA on a Llama block once more, from METHODS section 1 alone: one token and one channel at a time.
+"""SparseLoRA on a Llama block once more, from the maths alone: one token and one channel at a time.
 
 Nothing of the library is used, so that both would have to be wrong in the same way. `fault` names a deliberate
 mistake (most are the public implementation's): a test that cannot tell it from the contract proves nothing.

@@ -197,7 +197,7 @@ QKVO = flops.uniform_adapters(LLAMA3_8B, rank=32)
 
 
 def test_the_paper_s_figures() -> None:
-    """LLaMA3-8B, Math10K plan: 45.7% without the head, 49.5% with it (METHODS 1.4), 5% dense steps included."""
+    """LLaMA3-8B, Math10K plan: 45.7% without the head, 49.5% with it, its 5% of dense steps included."""
     assert flops.relative(LLAMA3_8B, ROWS, QKVO, MATH10K, count=("base",)) == pytest.approx(0.457, abs=0.003)
     assert flops.relative(LLAMA3_8B, ROWS, QKVO, MATH10K, count=("base", "head")) == pytest.approx(0.495, abs=0.003)
     # the convention matters: everything that runs is not 46%

@@ -1,4 +1,4 @@
-"""The masked-dense reference is METHODS section 1 to the letter, with its exact gradient."""
+"""The masked-dense reference is the maths to the letter, with its exact gradient."""
 
 from __future__ import annotations
 

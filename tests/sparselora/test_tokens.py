@@ -1,4 +1,4 @@
-"""Kinds of tokens, against the definition of METHODS 1.3 written as loops."""
+"""Kinds of tokens, against the definition (maths: Who is dense) written as loops."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Every section may be missing and unknown keys are ignored, so a page can be made of a run that is half done or of a
 newer version. What is there is checked before anything is drawn: a page is whole or absent.
 
-Rates and accuracies are shares (0 to 1); sensitivities are in percent of the dense perplexity (METHODS 2.2).
+Rates and accuracies are shares (0 to 1); sensitivities are in percent of the dense perplexity (maths: Which blocks).
 """
 
 from __future__ import annotations

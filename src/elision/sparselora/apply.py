@@ -69,7 +69,7 @@ def sparsify(
     path: Route = "auto",
     elisions: Elisions | None = None,
 ) -> SparseHandle:
-    """Make the LoRA fine-tuning of `model` sparse as `plan` says (METHODS section 1), until the handle is removed.
+    """Make the LoRA fine-tuning of `model` sparse as `plan` says (maths: SparseLoRA), until the handle is removed.
 
     On the fast path a training forward with labels returns its loss and no logits: `output.logits` is None there,
     unless `elisions` asks for them. Forwards without labels, in eval mode or in generate are the model's own. A sparse

@@ -71,7 +71,7 @@ def calibrate(
     quiet: bool = False,
     **settings: Any,
 ) -> SparsityPlan:
-    """Measure what each layer and part can spare on `batches`, and plan within one budget (METHODS 1.3).
+    """Measure what each layer and part can spare on `batches`, and plan within one budget (maths: What is spared).
 
     About layers * 3 * len(grid) / 2 forward passes over the data, and up to half as many for each leg that a tight
     budget walks; a bar says how long that takes.

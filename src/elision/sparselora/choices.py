@@ -4,8 +4,8 @@
 forward and to its backward, so a recomputation under gradient checkpointing, even after other batches have passed
 through the model, finds the rows and the very channels of the forward that it repeats.
 
-`BlockChoices` scores the channels of one block from the input of the part (METHODS 1.1 and 1.2) and lets every
-projection of the part read the same choice.
+`BlockChoices` scores the channels of one block from the input of the part (maths: Which channels, The estimator)
+and lets every projection of the part read the same choice.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Channel scores: norms of base products over the context tokens, exact or through a low-rank stand-in.
 
 A score is the L2 norm over the T context tokens of one output channel of X W' + bias, or, for the FFN, of
-act(X Wg' + bias) * (X Wu' + bias) (METHODS 1.1). Two things differ between estimators: which product stands for X W',
-and how many of the T tokens are read.
+act(X Wg' + bias) * (X Wu' + bias) (maths: Which channels). Two things differ between estimators: which product
+stands for X W', and how many of the T tokens are read.
 
     selection   product                                                              tokens read
     oracle      W itself                                                             all

@@ -41,7 +41,7 @@ _SAMPLE = 4096  # entries of each projection that the fingerprint reads
 
 @dataclass(frozen=True)
 class Factors:
-    """(B, A) of METHODS 1.2 by "layers.INDEX.NAME", NAME one of q, k, v, gate, up."""
+    """(B, A) of the sketch (maths: The estimator) by "layers.INDEX.NAME", NAME one of q, k, v, gate, up."""
 
     rank: int
     fingerprint: str

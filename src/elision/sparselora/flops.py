@@ -13,9 +13,9 @@ A gradient is counted where one flows: nothing below the first adapter has any. 
 count the kept channels only, all other rows count in full. Attention is counted in full; its causal half, what a
 causal kernel computes, is the other figure (`Cost.total(causal=True)`).
 
-The paper's percentages (METHODS 1.4) count the base products, sparse steps and dense first steps together, and no
-attention, adapters or estimator; its 512-token figures with 25% output tokens, with and without the head, are met by
-`relative(..., count=("base", "head"))` and `relative(..., count=("base",))`.
+The paper's percentages (maths: The paper's settings) count the base products, sparse steps and dense first steps
+together, and no attention, adapters or estimator; its 512-token figures with 25% output tokens, with and without the
+head, are met by `relative(..., count=("base", "head"))` and `relative(..., count=("base",))`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SparsityPlan: how much of each layer's frozen base a SparseLoRA step leaves out, and how it chooses.
 
 A plan is a value: made by calibration, by `SparsityPlan.uniform` or by hand, saved as readable JSON. It holds one
-sparsity per layer for each of the three parts of a block whose channels are pruned together (METHODS 1.1):
+sparsity per layer for each of the three parts of a block whose channels are pruned together (maths: Which channels):
 
     ffn   channels between gate/up and down
     qk    channels of the queries and keys
@@ -95,18 +95,18 @@ class Calibration:
 
 @dataclass(frozen=True)
 class SparsityPlan:
-    """Sparsities by layer and part, and the switches of METHODS section 1.
+    """Sparsities by layer and part, and the switches of the method (maths: SparseLoRA).
 
     Attributes:
         model: geometry of the model that the plan is for.
         ffn, qk, vo: one sparsity in [0, 1) per layer, the share of channels left out on context tokens; 0 is dense.
-        selection: how channels are scored (estimator.py). "sampled", the default, is the exact criteria (1.1) on some
-            of the context tokens, "oracle" on all of them; "svd" is the paper's way (1.2), "whitened" the same from
+        selection: how channels are scored (estimator.py). "sampled", the default, is the exact criteria on some
+            of the context tokens, "oracle" on all of them; "svd" is the paper's way, "whitened" the same from
             factors made on calibration data, "weights" the norms of the weights alone. Two controls for claims of
             quality: "random" draws channels anew for every batch, "no-ffn" leaves out the whole base FFN of context
             tokens in every layer whose ffn sparsity is above 0 (Q, K, V, O as with "sampled").
         rank: of the SVD factors.
-        dense_steps: share of the optimizer steps, from the first on, that run dense (1.3); in [0, 1].
+        dense_steps: share of the optimizer steps, from the first on, that run dense; in [0, 1].
         rotary_pairs: keep or drop both halves of a rotary pair of Q and K together.
         dense_outputs: output tokens take the dense path. False is the ablation in which all tokens are sparse.
         seed: of the control "random".

@@ -1,4 +1,4 @@
-"""The paper's plans, as data (METHODS 1.4), and the predictors that its authors publish.
+"""The paper's plans, as data (maths: The paper's settings), and the predictors that its authors publish.
 
 presets.json holds, for four models, the runs of layers (first, last, sparsity) of every plan of the table there; Q, K,
 V and O share theirs. They were made for SVD factors of rank 8, which is what they say.

@@ -1,7 +1,7 @@
 """SparseLoRA in plain masked-dense form: slow, obvious, and the oracle of every faster path.
 
 Every frozen product is computed in full; then, on the sparse rows (context tokens) only, what the method would not
-have computed is taken out again (METHODS 1.1):
+have computed is taken out again (maths: Which channels):
 
     q, k, v     an unselected output channel keeps nothing but its bias
     gate, up    an unselected output channel is absent: zero, without bias

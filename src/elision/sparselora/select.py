@@ -5,7 +5,7 @@ Choices are sorted index tensors, since a fast path gathers rows by them; `mask`
 
 Grouped-query attention has fewer channels of K and V than of Q and O. Kv channel (h, d) serves the query channels
 (h * groups + g, d), g = 0..groups-1, so a choice is made on the kv side and expanded head by head: what Q keeps then
-always meets the K that was kept, and O reads the V that was kept (METHODS 1.1).
+always meets the K that was kept, and O reads the V that was kept (maths: Which channels).
 
 Rotary embeddings mix dimension d of a head with d + head_dim / 2. A choice that keeps both halves of a pair or
 neither computes whole rotations only; the price is a coarser choice. A pair's score is the sum of its channels'

@@ -1,7 +1,7 @@
 """Which tokens of a batch may be sparse: labels, attention mask and position ids to kinds of tokens.
 
 Labels are those of a causal LM: aligned with the inputs, shifted by one in the loss. Position t of a row is
-(METHODS 1.3)
+(maths: Who is dense)
 
     loss-bearing  if labels[t + 1] carries a target and stands in t's segment: the loss reads the logits of t
     dense         if it is loss-bearing or carries a target itself: an output token

@@ -33,7 +33,7 @@ BOARDS = "TENSORBOARD_LOGGING_DIR"  # of transformers' integration
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one fine-tuning run; defaults are the paper's where it has one (METHODS 1.4)."""
+    """Of one fine-tuning run; defaults are the paper's where it has one (maths: The paper's settings)."""
 
     steps: int
     batch: int = 8

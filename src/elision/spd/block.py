@@ -13,8 +13,8 @@ P_i rides along in the one sync that is left, so attention's output still reache
 each P_i, b and c is counted exactly once. What is lost is only this: the MLP of rank i sees its own heads' P_i where
 it would have seen all of them. With one rank nothing is lost.
 
-A correction gives that MLP a guess of what it does not see, without communication (METHODS 3.2). It touches the local
-MLP input alone, never the residual stream, where the true sum arrives in any case:
+A correction gives that MLP a guess of what it does not see, without communication (maths: Corrections). It touches the
+local MLP input alone, never the residual stream, where the true sum arrives in any case:
 
     u_i = X + r (g_i P_i + b + m_i)              g_i a gain per channel, m_i a constant
     u_i = X + r (A_i M_i + b + m_i)              M_i an O of its own, for the MLP input only
@@ -158,7 +158,7 @@ def spd_block(
     local: LocalBlock,
     all_reduce: AllReduce,
 ) -> Float[Tensor, "*batch hidden"]:
-    """The block with one sync (METHODS 2.1): X and this rank's attention output A_i to the block's output."""
+    """The block with one sync (maths: The block): X and this rank's attention output A_i to the block's output."""
     return spd_output(x, all_reduce(spd_share(x, heads, local)), local)
 
 

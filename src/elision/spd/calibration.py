@@ -1,7 +1,7 @@
 """From measurements to a plan: which blocks are treated, how, what that should cost, and what it costs elsewhere.
 
 `calibrate` measures how much each block matters, drops blocks in that order, and reads off the measured curve how many
-a limit allows (METHODS 2.2). Three tiers say how sensitive blocks are to be treated; where a link is given
+a limit allows (maths: Which blocks). Three tiers say how sensitive blocks are to be treated; where a link is given
 (planner.py), the treatments are mixed instead, for the most time saved within the limit.
 
 A prediction goes with every plan: the relative increase of perplexity on the calibration text, measured where blocks
@@ -111,7 +111,7 @@ def predicted(
 
 
 def tiers_of(scores: Sequence[float], dense: float, thresholds: tuple[float, float]) -> tuple[str, ...]:
-    """Each block's tier by its sensitivity in perplexity: ISB up to t1, SB up to t2, ESB beyond (METHODS 2.2)."""
+    """Each block's tier by sensitivity: ISB up to t1, SB up to t2, ESB beyond (maths: Which blocks)."""
     return tuple(TIERS[sum(score > t * dense for t in thresholds)] for score in scores)
 
 

@@ -13,7 +13,7 @@ In decode n is a few kilobytes and alpha is all that counts, so a sync in int8 s
 prefill n is megabytes and beta counts. What a block costs under each treatment, its sync after the MLP included:
 
     dense      two all-reduces
-    dropped    one, of the same size (METHODS 2.1)
+    dropped    one, of the same size (maths: The block)
     int8       one, and one whose two exchanges carry int8 with a scale a token (int8.py)
     skipped    one: attention, its computation included, is left out of the block
 

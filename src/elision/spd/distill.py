@@ -1,4 +1,4 @@
-"""Healing: give a dropped block's weights the chance to make up for the sync that it lost (METHODS 2.2, 3.2).
+"""Healing: give a dropped block's weights the chance to make up for the sync that it lost (maths: Healing).
 
 Block-to-block distillation. The teacher is the block with both syncs, the student the same block with one; the student
 learns to put out what the teacher does, on calibration text, one block after the other in ascending order:

@@ -1,4 +1,4 @@
-"""Corrections of the local MLP input that need no training: least squares on calibration text (METHODS 3.2).
+"""Corrections of the local MLP input that need no training: least squares on calibration text (maths: Corrections).
 
 Rank i's MLP should see S = sum_j P_j and sees P_i = A_i Wo_i. Of S it can say what its own share tells about it:
 

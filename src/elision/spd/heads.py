@@ -1,4 +1,4 @@
-"""Which heads share a rank: the two optimisation problems of head grouping (METHODS 2.2).
+"""Which heads share a rank: the two optimisation problems of head grouping (maths: Healing).
 
 A dropped block's rank sees its own heads alone, so heads that say the same are better spread over the ranks, and every
 group of heads belongs beside the MLP shard that makes most of it. That is

@@ -1,6 +1,6 @@
 """An all-reduce whose messages are int8: the sync after attention made four times lighter instead of dropped.
 
-Every rank owns a contiguous part of the channels, and the sum comes about in two exchanges (METHODS 2.1):
+Every rank owns a contiguous part of the channels, and the sum comes about in two exchanges (maths: The block):
 
     send    rank i quantises its P_i, one scale a token, and sends each owner its part (all-to-all)
     sum     the owner adds up what it got, dequantised, in fp32 and in rank order

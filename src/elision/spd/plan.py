@@ -22,7 +22,7 @@ from elision.facts import ModelFacts
 VERSION = 1
 CORRECTIONS = ("constant", "gain", "local_o")  # kinds of correction of the local MLP input, each wider than the last
 HEALING = ("correct", "b2b", "hg+b2b")  # what a dropped block may wait for: a correction, distillation, regrouped heads
-TIERS = ("ISB", "SB", "ESB")  # METHODS 2.2: in-sensitive, sensitive, extremely sensitive
+TIERS = ("ISB", "SB", "ESB")  # maths: Which blocks; in-sensitive, sensitive, extremely sensitive
 SCHEMA = Path(__file__).with_name("plan.schema.json")  # of what `SyncPlan.save` writes
 
 
@@ -31,7 +31,7 @@ EXCLUSIVE = ("dropped", "int8", "skipped")  # ways to spare a block's first sync
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a plan was decided on: METHODS 2.2's measurements for its ranks, in perplexity.
+    """What a plan was decided on: the measurements for its ranks (maths: Which blocks), in perplexity.
 
     sensitivities[i] is what block i's sync is worth, by `method` ("sequential": PPL(SPD on i..L-1) - PPL(SPD on
     i+1..L-1), the others are proxies.py's); order lists the blocks by ascending sensitivity; perplexities[k] is

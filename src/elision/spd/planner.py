@@ -29,7 +29,7 @@ STEPS = 4000  # parts of the budget: rounding wastes one of them a block at most
 WORTHWHILE = 0.03  # share of a step below which nothing is worth the loss of quality
 
 # Share of a dropped block's loss that each treatment is assumed to win back, for predictions made before it is tried:
-# on the careful side of METHODS 3.2, where constants won back 38 to 47% and distillation 73 to 77%, and of
+# on the careful side of a first study, where constants won back 38 to 47% and distillation 73 to 77%, and of
 # docs/results/spd_quality.md. What `heal` then measures on held-out text (`Verified.recovery`) belongs in `recovered`
 # of the next calibration.
 RECOVERED: Mapping[str, float] = {"correct": 0.35, "b2b": 0.75, "hg+b2b": 0.75}

@@ -1,4 +1,4 @@
-"""Cheaper ways to say which blocks can spare their sync (METHODS 3.2), beside the exact one of sensitivity.py.
+"""Cheaper ways to say which blocks can spare their sync (maths: Cheaper orders); sensitivity.py has the exact one.
 
     sequential      PPL(SPD on i..L-1) - PPL(SPD on i+1..L-1)        L/2 + 1.5 forward passes
     single          PPL(SPD on i) - PPL(dense)                       L/2 + 2 forward passes

@@ -1,4 +1,4 @@
-"""Head grouping on a model: heads move between ranks, the plain model stays what it was (METHODS 2.2).
+"""Head grouping on a model: heads move between ranks, the plain model stays what it was (maths: Healing).
 
 Rows of Q, K, V and the matching columns of O move together, a key/value head with its query heads, so the sum over
 heads has the same terms in another order: the plain model's outputs are equal up to that order's rounding, and the

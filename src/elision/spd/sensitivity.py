@@ -1,4 +1,4 @@
-"""How much perplexity each dropped sync costs (METHODS 2.2).
+"""How much perplexity each dropped sync costs (maths: Which blocks).
 
     sensitivity(i) = PPL(SPD on i..L-1) - PPL(SPD on i+1..L-1)
 

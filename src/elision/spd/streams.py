@@ -7,10 +7,10 @@ set of streams, starts as a single one, and splits a stream at a block only wher
 
 Plans for different numbers of ranks, int8 syncs and skipped attention are told apart in the same way, so one pass
 measures several N and shares their dense prefix. For the suffixes {i..L-1} of the sequential sensitivity this is
-METHODS 2.2's cost exactly: the dense prefix is run once and every plan starts from it, L/2 + 1.5 forward passes in all
-(output heads apart) instead of L + 1. Blocks are visited once, in order, for all plans, so that a model larger than
-memory needs one block's weights at a time (streaming.py). The price is memory: one activation per plan for the batch
-at hand.
+the exact order's cost (maths: Which blocks): the dense prefix is run once and every plan starts from it, L/2 + 1.5
+forward passes in all (output heads apart) instead of L + 1. Blocks are visited once, in order, for all plans, so that
+a model larger than memory needs one block's weights at a time (streaming.py). The price is memory: one activation per
+plan for the batch at hand.
 
 Beside perplexity stands the mean KL divergence from the dense model, KL(dense || plan): it moves before perplexity
 does, and falls apart less with the text.

@@ -148,7 +148,7 @@ def _roll_call(request: int, own_error: str, seconds: float) -> str:
 
 
 def int8_all_reduce(share: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of all ranks' `share` (..., hidden), sent in int8 over `group` (METHODS 2.1); None: the default group."""
+    """The sum of all ranks' `share` (..., hidden), sent in int8 over `group` (maths: The block); None: the default."""
     ranks = dist.get_world_size(group)
 
     def all_to_all(messages: Tensor) -> Tensor:
