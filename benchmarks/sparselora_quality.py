@@ -7,7 +7,8 @@ Two families of word problems that the model never saw, and MAWPS, train and tes
 there. A problem counts as solved if greedy decoding gives the worked solution token by token.
 
 Recipe, plans' budgets, seeds and comparisons are sparselora_quality.json beside this file, fixed before the first run;
-that of an earlier round, with other seeds and problems, is in the history, its results in the lab notes.
+that of an earlier round, with other seeds and problems, is in the history, its results in the lab notes. A second one,
+`--recipe benchmarks/sparselora_quality_long.json`, trains the main variants for three passes over the problems.
 Plans are calibrated once a task, after a rehearsal of some dense steps, on training problems of their own; "paper's
 layers" is its plan for LLaMA3-8B on Math10K, scaled to this depth. Dense steps run by the same lossless fast path as
 sparse ones. Runs are done in the order of their tiers, seed by seed; each leaves a file in --out, so that a killed
@@ -21,6 +22,7 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import math
 import multiprocessing
@@ -46,20 +48,18 @@ from elision.sparselora.forecasts import under, workloads
 from elision.sparselora.train import Settings, add_adapter
 
 RECIPE = Path(__file__).with_suffix(".json")
-PAGE = Path(__file__).parents[1] / "docs" / "results" / "sparselora_quality.md"
-JOURNALS = PAGE.with_suffix("")  # plans and results of the runs behind the page
+RESULTS = Path(__file__).parents[1] / "docs" / "results"  # a page a recipe, and beside it the plans and runs behind it
 _TOO_FEW = 0.05  # share solved by LoRA below which there is nothing to lose
-TEST_SEED, CALIBRATION_SEED = 10_003, 10_004  # of problems; training takes the run's own seed
+CALIBRATION_SEED = 10_004  # of problems, as the recipe's test_seed; training takes the run's own seed
 
 console = Console(highlight=False, width=120)
 Rows = list[dict[str, list[int]]]
 
 
 def examples(task: Mapping[str, Any], split: str, seed: int) -> list[Any]:
-    """Problems of a task: of a generator's family, or rows of a data file with their equation as the solution."""
+    """Problems of a task: of a generator's family by `seed`, or rows of a data file, their equation the solution."""
     number = task["test" if split == "test" else "train"]
     if "family" in task:
-        seed = {"train": seed, "test": TEST_SEED, "calibration": CALIBRATION_SEED}[split]
         return data.problems((task["family"],), "train", number, seed)
     folder = data.shared_folder()
     assert folder is not None
@@ -189,7 +189,7 @@ def prepare(job: tuple[Path, dict[str, Any], str]) -> str:
         return name
     number, size = recipe["calibration_rows"], min(recipe["calibration_rows"], recipe["batch"])
     model, tokenizer = fresh(recipe, CALIBRATION_SEED)
-    rows = data.encode(tokenizer, examples(task, "calibration", 0))
+    rows = data.encode(tokenizer, examples(task, "calibration", CALIBRATION_SEED))
     measured = list(batches(rows[:number], number // size, size, 0))
     learned = list(batches(rows[number:] or rows, recipe["rehearsed_steps"], recipe["batch"], 0))
     for budget, path in paths.items():
@@ -226,7 +226,7 @@ def run(job: tuple[Path, dict[str, Any], str, str, int]) -> str:
     task, how = recipe["tasks"][name], recipe["variants"][variant]
     started = time.perf_counter()
     model, tokenizer = fresh(recipe, seed)
-    steps = max(1, round(how.get("steps", 1.0) * -(-task["train"] // recipe["batch"])))
+    steps = max(1, round(how.get("steps", 1.0) * recipe["epochs"] * -(-task["train"] // recipe["batch"])))
     plan, factors = None, None
     if "layers" in how:
         plan = SparsityPlan.default(model, selection=recipe["selection"], dense_steps=recipe["dense_steps"], seed=seed)
@@ -239,7 +239,7 @@ def run(job: tuple[Path, dict[str, Any], str, str, int]) -> str:
     rows = data.encode(tokenizer, examples(task, "train", seed))
     seen = fit(model, rows, recipe, steps, seed, plan, factors)
     trained = time.perf_counter() - started
-    solved, loss = score(model, data.encode(tokenizer, examples(task, "test", seed)), recipe["batch"])
+    solved, loss = score(model, data.encode(tokenizer, examples(task, "test", recipe["test_seed"])), recipe["batch"])
     shares = dict.fromkeys(("frozen", "all"), how.get("steps", 1.0))
     if plan is not None:
         everything = ("base", "adapters", "attention", "estimator", "head")
@@ -324,8 +324,7 @@ def page(results: dict[str, dict[str, dict[int, Any]]], recipe: Mapping[str, Any
         "# SparseLoRA: what sparsity costs in quality",
         "",
         f"Written by `{command}` from {done} of {expected} fine-tunes of the embedded model. Recipe, budgets, seeds "
-        "and comparisons are those of `benchmarks/sparselora_quality.json`, fixed before the first run. An earlier "
-        "round, with other seeds and problems, led to another calibration: it is in the [lab notes](../lab-notes.md).",
+        f"and comparisons were fixed before the first run. {recipe['about']}",
         "",
         "*Solved*: share of test problems whose worked solution greedy decoding gives token by token. *Loss*: nats per "
         "token of the solutions. *Operations*: of the whole run over LoRA's, dense first steps included, both without "
@@ -383,8 +382,9 @@ def verdict(results: dict[str, dict[str, dict[int, Any]]]) -> list[str]:
         control: {"problems solved": [], "loss": []} for control in ("random channels", "no context FFN")
     }
     for task, variants in results.items():
-        if (found := difference(variants["46%"], variants["LoRA"])) is not None:
-            solved = interval([result["solved"] for result in variants["LoRA"].values()]).value
+        by_name = collections.defaultdict(dict, variants)
+        if (found := difference(by_name["46%"], by_name["LoRA"])) is not None:
+            solved = interval([result["solved"] for result in by_name["LoRA"].values()]).value
             held = f"the lower bound is {'above' if found[0].low > -0.01 else 'not above'} -1 point"
             told = (
                 held if solved >= _TOO_FEW else f"LoRA solves {100 * solved:.1f}%, too few for points to say anything"
@@ -392,7 +392,7 @@ def verdict(results: dict[str, dict[str, dict[int, Any]]]) -> list[str]:
             lines.append(f"- {task}: 46% minus LoRA {points(found[0])} points; {told}.")
         for control, by in told_apart.items():
             for plan in ("46%", "46%, uniform"):
-                against = difference(variants[plan], variants[f"{plan}, {control}"])
+                against = difference(by_name[plan], by_name[f"{plan}, {control}"])
                 name = f"{task} ({'calibrated' if plan == '46%' else 'uniform'} plan)"
                 by["problems solved"] += [name] if against is not None and against[0].low > 0 else []
                 by["loss"] += [name] if against is not None and against[1].high < 0 else []
@@ -446,22 +446,25 @@ def kind_of(variant: str, recipe: Mapping[str, Any]) -> str:
 def main() -> None:
     """Calibrate, fine-tune, score, write the page; resume where it was left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=JOURNALS, help="directory of plans and results")
+    parser.add_argument("--out", type=Path, help="directory of plans and results; by default docs/results/RECIPE")
     parser.add_argument("--processes", type=int, default=1, help="of one thread each")
     parser.add_argument("--tiers", default="1,2,3", help="which variants, by their tier in the recipe")
     parser.add_argument("--variants", nargs="*", help="of these tiers, those named; by default all")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--page", type=Path, default=PAGE, help="where the page goes")
+    parser.add_argument("--page", type=Path, help="where the page goes; by default docs/results/RECIPE.md")
     parser.add_argument("--quick", action="store_true", help="two seeds, two steps, to see that all of it runs")
     given = parser.parse_args()
     recipe = files.read_json(given.recipe, "recipe")
     command = f"python benchmarks/{Path(__file__).name}"
+    command += "" if given.recipe == RECIPE else f" --recipe {given.recipe}"
+    given.page = given.page or RESULTS / f"{given.recipe.stem}.md"
     if given.quick:
         small = {"train": 32, "test": 16}
         recipe |= {"seeds": recipe["seeds"][:2], "grid": [0.99], "calibration_rows": 4, "rehearsed_steps": 2}
         recipe["tasks"] = {name: {**task, **small} for name, task in list(recipe["tasks"].items())[-2:]}
-        given.out = Path("runs/sparselora_quality") if given.out == JOURNALS else given.out
+        given.out = given.out or Path("runs/sparselora_quality")
         given.out, given.page, command = given.out / "quick", given.out / "quick" / "page.md", f"{command} --quick"
+    given.out = given.out or RESULTS / given.recipe.stem
     recipe["tasks"] = available(recipe["tasks"])
     known = given.out / "recipe.json"
     if known.exists() and files.read_json(known, "recipe") != recipe:
