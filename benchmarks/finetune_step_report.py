@@ -42,8 +42,7 @@ def page(found: dict[str, Any], beside: str) -> str:
         "",
         "`ideal` is the ratio of the operations that have to be done, over PEFT with bf16 adapters.",
         "",
-        *without_attention(found),
-        "",
+        *([*without_attention(found), ""] if profiled(found) else []),
         "Bars:",
         "",
     ]
@@ -59,6 +58,11 @@ def beyond_attention(dense: dict[str, Any], sparse: dict[str, Any]) -> tuple[flo
     took = [row["step_ms"] - row["attention_ms"] for row in (dense, sparse)]
     needs = [row["gflops"] - row["attention_gflops"] for row in (dense, sparse)]
     return took[0] / took[1], needs[0] / needs[1]
+
+
+def profiled(found: dict[str, Any]) -> bool:
+    """Whether attention's own time was measured; it was not before 2026-11-23."""
+    return any(row.get("attention_ms") for row in found["rows"])
 
 
 def without_attention(found: dict[str, Any]) -> list[str]:
@@ -91,7 +95,6 @@ def bars(found: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
     for shape, output in dict.fromkeys((row["shape"], share(row)) for row in found["rows"]):
         rows = {r["variant"]: r for r in found["rows"] if (r["shape"], share(r)) == (shape, output)}
         own = {variant: row["step_ms"] for variant, row in rows.items()}
-        rest, ideal = beyond_attention(rows["dense + lossless"], rows["sparse + lossless"])
         sparse, dense = own["sparse + lossless"], own["dense + lossless"]
         limits = BARS.get(shape) if output == "25%" else None
         pairs = [
@@ -100,7 +103,8 @@ def bars(found: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
             ("dense + lossless over PEFT bf16 adapters", own[BASE] / dense, 1.0),
             ("sparse over PEFT bf16 adapters", own[BASE] / own["sparse"], 1.0),
         ]
-        if limits:
+        if limits and profiled(found):
+            rest, ideal = beyond_attention(rows["dense + lossless"], rows["sparse + lossless"])
             name = "sparse + lossless over dense + lossless, without attention's own time"
             pairs.append((name, rest, OF_IDEAL * ideal))
         judged += [(f"{shape}, {output}: {name}", value, limit, value >= limit) for name, value, limit in pairs]
