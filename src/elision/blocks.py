@@ -204,7 +204,8 @@ class Decoder:
     @property
     def lm_head(self) -> nn.Module:
         """What makes logits now: an nn.Linear, or a PEFT layer around it."""
-        return self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
+        return head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of the last block's output (..., hidden_size), as the model itself makes them."""
