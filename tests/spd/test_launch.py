@@ -195,6 +195,7 @@ def test_the_generate_command_gives_the_simulations_text(tmp_path):
     words = ("spd", "generate", "reference", "--plan", str(tmp_path / "plan.json"), "--prompt", prompt)
     result = run(*words, "--new-tokens", "12", "--dtype", "float32", "--timeout", "60", "--json")
     assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Generating") == 1  # the bar of the first rank
     shown = json.loads(result.stdout)
     assert shown["texts"] == [tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)]
     assert (shown["ranks"], shown["dropped"]) == (2, [0, 1])

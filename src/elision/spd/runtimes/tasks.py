@@ -31,7 +31,12 @@ def generate(
     _quiet()
     model = runtime.load(source, plan, dtype=dtype, timeout=timeout)
     torch.manual_seed(options.pop("seed", 0))
-    return runtime.generate(model, inputs, **options).cpu()
+    with progress("Generating", options["max_new_tokens"], quiet=not launch.is_first()) as advance:
+        counted = model.register_forward_hook(lambda *_: advance(1))  # one pass a token
+        try:
+            return runtime.generate(model, inputs, **options).cpu()
+        finally:
+            counted.remove()
 
 
 def bench(
