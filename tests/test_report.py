@@ -20,7 +20,7 @@ from rich.console import Console
 
 from elision import report
 from elision.errors import InputError
-from elision.report import page, plots, verdict
+from elision.report import page, plots, tables, verdict
 from elision.report.canvas import THEME
 from elision.report.results import Pair, check
 
@@ -315,20 +315,29 @@ def test_settings_and_example_are_shown_as_they_are(document: Document) -> None:
     assert set(results["finetune"]["example"]["answers"].values()) <= set(shown)
 
 
-def test_terminal_shows_the_same_numbers() -> None:
-    tables = report.summary_tables(measured())
+def test_terminal_shows_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = report.summary_tables(measured())
     console = Console(width=200, file=io.StringIO())
-    for table in tables:
+    for table in shown:
         console.print(table)
     text = console.file.getvalue()
-    assert len(tables) == 3
+    assert len(shown) == 3
     row = next(line for line in text.splitlines() if "SparseLoRA" in line)
-    assert [cell.strip() for cell in row.strip("│ ").split("│")] == [
-        "SparseLoRA", "0.518", "71.2%", "66.6% to 75.7%", "14.8%", "756 TFLOP", "61.3%", "1 min 24 s"
-    ]  # fmt: skip
-    assert re.search(r"4 +│ 8 of 12 +│ 1-7, 9 +│ +11.985 +│ +\+0.97% +│ +\+19.0% +│ +7 +│ +4 +│ +1 ", text)
+    assert row.split() == "SparseLoRA 0.518 71.2% 66.6% to 75.7% 14.8% 756 TFLOP 61.3% 1 min 24 s".split()
+    assert re.search(r"4 +8 of 12 +1-7, 9 +11.985 +\+0.97% +\+19.0% +7 +4 +1", text)
     with pytest.raises(InputError, match="accuracy"):
         report.summary_tables({"finetune": measured()["finetune"] | {"variants": [{"name": "LoRA"}]}})
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_no_word_is_cut_in_a_terminal(width: int) -> None:
+    for table in tables.summary_tables(check(measured())):
+        console = Console(width=width, file=io.StringIO())
+        console.print(table.rich(width))
+        shown = console.file.getvalue().split()  # type: ignore[attr-defined]
+        for cell in (*table.columns, *(cell.text for row in table.rows for cell in row)):
+            assert set(cell.replace("-s", "- s").split()) <= set(shown)
 
 
 def test_text_is_escaped() -> None:

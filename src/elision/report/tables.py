@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -29,11 +31,21 @@ class Table:
     numeric: tuple[bool, ...]
     rows: list[list[Cell]]
 
-    def rich(self) -> RichTable:
-        """For the terminal."""
-        table = RichTable(title=Text(self.title), title_justify="left")
-        for name, numeric in zip(self.columns, self.numeric, strict=True):
-            table.add_column(Text(name), justify="right" if numeric else "left")
+    def rich(self, width: int | None = None) -> RichTable:
+        """For a terminal of `width` columns, by default this one: the widest wrap, and as long as it can be no word is
+        cut.
+        """
+        width = shutil.get_terminal_size().columns if width is None else width
+        heads = [name.replace("-", "-\n") for name in self.columns]
+        columns = [[head, *(row[i].text for row in self.rows)] for i, head in enumerate(heads)]
+        least = [max((len(word) for text in texts for word in text.split()), default=0) for texts in columns]
+        widths = [max(len(line) for text in texts for line in text.split("\n")) for texts in columns]
+        while sum(widths) + len(widths) - 1 > width and widths != least:
+            widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=lambda i: widths[i])
+            widths[widest] -= 1
+        table = RichTable(title=Text(self.title), title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+        for head, numeric, wide in zip(heads, self.numeric, widths, strict=True):
+            table.add_column(Text(head), justify="right" if numeric else "left", width=wide)
         for row in self.rows:
             table.add_row(*(Text(cell.text) for cell in row))
         return table
