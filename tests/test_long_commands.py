@@ -81,12 +81,10 @@ DRY = [name for name in LONG if name in ("eval", "spd heal") or name.endswith(("
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_what_a_run_directory_holds(name: str, place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_a_run_directory_holds(name: str, place: Path, tmp_path: Path) -> None:
     kept = tmp_path / "run"
-    code, said, error = run(*commands(place, tmp_path)[name], "--run", kept, "--json")
+    code, said, _ = run(*commands(place, tmp_path)[name], "--run", kept, "--json")
     assert code == 0
-    if name.endswith("bench"):  # of SPD, by the first of the ranks
-        assert (error + capfd.readouterr().err).count("Timing ") == 1
     (line,) = said.splitlines()
     assert json.loads(line)
     assert {path.name for path in kept.iterdir()} == FILES

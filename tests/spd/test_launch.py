@@ -201,6 +201,13 @@ def test_the_generate_command_gives_the_simulations_text(tmp_path):
     assert (shown["ranks"], shown["dropped"]) == (2, [0, 1])
 
 
+def test_one_rank_shows_the_bar_of_a_bench():
+    small = ("--turns", "1", "--prompt-tokens", "4", "--new-tokens", "1")
+    result = run("spd", "bench", "reference", "--ranks", "2", *small, "--json")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Timing ") == 1
+
+
 def test_the_probe_command_fits_a_link(tmp_path):
     out = tmp_path / "link.json"
     result = CliRunner().invoke(app, ["spd", "probe", "--turns", "3", "--out", str(out), "--json"])
