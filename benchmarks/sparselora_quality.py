@@ -321,7 +321,8 @@ def page(results: dict[str, dict[str, dict[int, Any]]], recipe: Mapping[str, Any
     expected = len(recipe["tasks"]) * len(recipe["variants"]) * len(recipe["seeds"])
     done = sum(len(seeds) for variants in results.values() for seeds in variants.values())
     lines = [
-        "# SparseLoRA: what sparsity costs in quality",
+        "# SparseLoRA: what sparsity costs in quality"
+        + (f", in {recipe['epochs']} passes over the problems" if recipe["epochs"] > 1 else ""),
         "",
         f"Written by `{command}` from {done} of {expected} fine-tunes of the embedded model. Recipe, budgets, seeds "
         f"and comparisons were fixed before the first run. {recipe['about']}",
@@ -397,6 +398,8 @@ def verdict(results: dict[str, dict[str, dict[int, Any]]]) -> list[str]:
                 by["problems solved"] += [name] if against is not None and against[0].low > 0 else []
                 by["loss"] += [name] if against is not None and against[1].high < 0 else []
     for control, by in told_apart.items():
+        if not any(seeds and variant.endswith(control) for each in results.values() for variant, seeds in each.items()):
+            continue
         for measure, tasks in by.items():
             lines.append(
                 f"- Better than the control {control!r} by {measure}, interval clear of 0, on: {', '.join(tasks)}."
