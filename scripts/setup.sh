@@ -49,7 +49,9 @@ rm -f "$marker"
 echo "Installing into .venv at the versions of constraints.txt (a few minutes the first time)"
 install=(.venv/bin/python -m pip install --disable-pip-version-check --retries 10 --constraint constraints.txt)
 [ -t 1 ] || install+=(--quiet) # a person sees the downloads move, a log only what went wrong
-"${install[@]}" hatchling editables # the build tools, pinned like the rest
+# The build tools, pinned like the rest; setuptools because dependencies that publish no wheel are built with it, and
+# the one that Python 3.11 puts into an environment cannot make wheels, later ones put in none.
+"${install[@]}" hatchling editables setuptools
 if [ "$what" = dev ]; then extras="[dev,docs,eval,qlora,torchao]"; else extras=; fi
 "${install[@]}" --no-build-isolation --editable ".$extras"
 echo "$versions $what $PWD" >"$marker"
