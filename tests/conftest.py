@@ -11,8 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-# The same product of the same bits, wherever in memory they begin: without this, MKL on an AMD processor adds up in
-# another order for weights mapped from a file than for those they were saved from, and tests of equality to the bit fail.
+# The same product of the same bits, wherever in memory they begin. Without this, MKL on an AMD processor adds up in
+# another order for weights mapped from a file than for those they were saved from, and tests of bit equality fail.
 os.environ["MKL_CBWR"] = "AUTO,STRICT"
 
 import pytest
