@@ -220,10 +220,12 @@ def test_what_is_elided() -> None:
     assert view.final_norm is not None
     for name, module in (("embedded", view.embeddings), ("normed", view.final_norm)):
 
-        def count(_: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
+        def count(*args: Any, name: str = name, forward: Any = module.forward) -> Tensor:
+            output = forward(*args)
             seen[name] = output.numel() // output.shape[-1]
+            return output
 
-        module.register_forward_hook(count)
+        module.forward = count  # not a hook: one on the embeddings takes the reference
     everything = inputs["labels"].numel()
     real = int(inputs["attention_mask"].sum())
     bearing = int((inputs["labels"][:, 1:] != -100).sum())
@@ -404,6 +406,10 @@ def obstacles() -> dict[str, Any]:
     def stack_hook(model: Any) -> None:
         model.get_base_model().model.register_forward_hook(lambda *_: None)
 
+    def embeddings_hook(model: Any) -> None:
+        shift = nn.Parameter(torch.zeros(32, dtype=torch.float64))
+        model.get_input_embeddings().register_forward_hook(lambda _, args, output: output + shift)
+
     def norm(model: Any) -> None:
         next(p for n, p in model.named_parameters() if "layers.1.input_layernorm" in n).requires_grad_(True)
 
@@ -422,6 +428,7 @@ def obstacles() -> dict[str, Any]:
         "a bias in an adapter at k in layer 0": bias,
         "a hook on mlp in layer 1": hook,
         "a hook on LlamaModel": stack_hook,
+        "a hook on the embeddings": embeddings_hook,
         "trained parameters of input_layernorm in layer 1": norm,
         "a loss function of its own": own_loss,
         "dropout in the model": attention_dropout,
@@ -620,6 +627,24 @@ def test_embeddings_and_head_that_change_later_are_those_that_are_used(change: s
             assert handle.paths == ({"fast": 2} if path == "fast" else {})
     assert tiny.close(found[0], found[1])
     assert any("lm_head" in name for name in found[0][1]) == (change != "other sizes")
+
+
+@pytest.mark.parametrize("way", ["hook", "forward"])
+def test_what_is_trained_on_top_of_the_embeddings_has_its_gradient(way: str) -> None:
+    model, found = tiny.lora(), []
+    embeddings, shift = model.get_input_embeddings(), nn.Parameter(torch.zeros(32, dtype=torch.float64))
+    forward = embeddings.forward
+    if way == "hook":
+        embeddings.register_forward_hook(lambda _, args, output: output + shift)
+    else:
+        embeddings.forward = lambda ids: forward(ids) + shift
+    for path in ("reference", "auto"):
+        with sparsify(model, tiny.plan(model), path=path):
+            loss, gradients = tiny.loss_and_gradients(model, **turns())
+        assert shift.grad is not None
+        found.append((loss, {**gradients, "shift": shift.grad}))
+        shift.grad = None
+    assert tiny.close(*found)
 
 
 @pytest.mark.parametrize("path", ["reference", "fast"])

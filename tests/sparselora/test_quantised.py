@@ -160,7 +160,9 @@ def test_autocast_that_comes_with_training_is_waited_for() -> None:
 
 def test_steps_are_timed_under_the_autocast_that_training_has(caplog: pytest.LogCaptureFixture) -> None:
     model, seen = computing_in(qlora("llama"), torch.bfloat16), []
-    blocks.decoder(model).embeddings.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    norm = blocks.decoder(model).final_norm
+    assert norm is not None
+    norm.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     stopwatch.measure(model, [turns()], tiny.plan(model), turns=1)
     assert seen == [True] * 6
     assert not any(record.name.startswith("elision") for record in caplog.records)  # it would name the reference

@@ -118,9 +118,10 @@ class Fast:
         if call.get("inputs_embeds") is not None:
             h = call["inputs_embeds"].flatten(0, 1).index_select(0, rows.order)
         else:
-            h = view.embeddings(call["input_ids"].flatten().index_select(0, rows.order)[None])[0]
-            if step.elisions.inputs and not any(p.requires_grad for p in view.embeddings.parameters()):
-                h = h.detach()  # enable_input_require_grads asks for a gradient that nothing reads
+            h = view.embeddings(call["input_ids"].flatten().index_select(0, rows.order)[None])
+            if step.elisions.inputs and h.is_leaf:  # nothing below is trained,
+                h = h.detach()  # but enable_input_require_grads asks for a gradient that nothing reads
+            h = h[0]
         if getattr(stack, "project_in", None) is not None:
             h = stack.project_in(h)
         if hasattr(stack, "embed_positions"):  # learned positions count the tokens that the mask lets through

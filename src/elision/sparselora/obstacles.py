@@ -50,6 +50,9 @@ def model_obstacle(model: nn.Module, view: Decoder, called: bool = False) -> str
         return "dropout in the model"
     if any(getattr(hook, "__name__", "").startswith("neftune") for hook in view.embeddings._forward_hooks.values()):
         return "NEFTune noise, whose size goes by the padded length"
+    sharding = isinstance(view.embeddings, FSDPModule)
+    if any(hooked(module, sharding) for module in view.embeddings.modules()):  # it would see rows, not the batch
+        return "a hook on the embeddings"
     stack: Any = view.model.get_decoder()
     if hooked(stack):
         return f"a hook on {type(stack).__name__}"
@@ -197,16 +200,19 @@ def _projection_obstacle(projection: Projection, adapters: set[int]) -> str | No
 
 
 def hooked(module: Any, sharding: bool = False) -> bool:
-    """Whether a hook waits for this module to be called, other than our own and those that transformers leaves behind
-    where hidden states were once asked for, which do nothing unless they are asked for again; with `sharding`, other
-    than FSDP2's.
+    """Whether a hook waits for this module to be called, other than our own, those of enable_input_require_grads, which
+    ask for a gradient that nothing reads, and those that transformers leaves behind where hidden states were once asked
+    for, which do nothing unless they are asked for again; with `sharding`, other than FSDP2's.
     """
     harmless = (f"{__package__}.", "transformers.utils.output_capturing")
     harmless += ("torch.distributed.fsdp.",) if sharding else ()
     for kind in _HOOKS:
         for hook in module.__dict__[kind].values():
             made = getattr(hook, "func", hook)  # a partial is of functools
-            if not (getattr(made, "__module__", None) or "").startswith(harmless):
+            asking = getattr(made, "__name__", "").startswith(
+                "make_inputs_require_grad"
+            )  # transformers', PEFT's, TRL's
+            if not asking and not (getattr(made, "__module__", None) or "").startswith(harmless):
                 return True
     return False
 
