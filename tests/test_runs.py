@@ -108,6 +108,16 @@ def test_another_file_under_an_old_name_is_another_run(tmp_path: Path) -> None:
     assert (tmp_path / "run/run.json").read_bytes() == before
 
 
+def test_the_factors_beside_a_plan_are_an_input_like_the_plan(tmp_path: Path) -> None:
+    plan, factors = tmp_path / "plan.v2.json", tmp_path / "plan.v2.factors.safetensors"
+    plan.write_text("{}")
+    alone = runs.contents({"plan": str(plan)})
+    factors.write_bytes(b"one")
+    before = runs.contents({"plan": str(plan)})
+    factors.write_bytes(b"another")
+    assert len({found["plan"] for found in (alone, before, runs.contents({"plan": str(plan)}))}) == 3
+
+
 def test_another_runs_directory_is_refused_by_what_differs(tmp_path: Path) -> None:
     place = tmp_path / "run"
     with runs.opened(place, "spd calibrate", OPTIONS):

@@ -150,13 +150,22 @@ def contents(options: Mapping[str, Any]) -> dict[str, str]:
         digest = hashlib.sha256()
         for path in (Path(str(each)) for each in given if each is not None):
             # An adapter to be read is a directory; one that is a file is written.
-            for file in sorted(path.glob(INPUTS[name])) if path.is_dir() or name in ("adapter", "against") else [path]:
+            if path.is_dir() or name in ("adapter", "against"):
+                named = sorted(path.glob(INPUTS[name]))
+            else:
+                named = [path, factors_beside(path)] if name == "plan" else [path]
+            for file in named:
                 if not file.is_file():
                     continue
                 with file.open("rb") as opened:
                     digest.update(hashlib.file_digest(opened, "sha256").digest())
         found[name] = digest.hexdigest()[:16]
     return found
+
+
+def factors_beside(plan: Path) -> Path:
+    """Where `sparselora calibrate` keeps the whitened factors of a plan: they are read with it."""
+    return plan.with_name(f"{plan.name.removesuffix('.json')}.factors.safetensors")
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from elision import reference_model
 from elision.data import Example
 from elision.errors import InputError
-from elision.sparselora import SparsityPlan
+from elision.sparselora import Factors, SparsityPlan
 from elision.sparselora.train import Settings, add_adapter, check_free, train
 
 EXAMPLES = [Example(f"Count to {n}:", " ".join(map(str, range(1, n + 1)))) for n in range(2, 10)]
@@ -66,6 +66,23 @@ def test_an_interrupted_run_is_gone_on_with_by_itself_alone(tmp_path: Path) -> N
     assert not (tmp_path / "adapter.training").exists()
     for path in (tmp_path / "straight").iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_run_is_not_gone_on_with_under_other_factors(tmp_path: Path) -> None:
+    def learn(out: Path, scale: float = 1.0, stop: bool = False) -> None:
+        base, tokenizer = reference_model.load()
+        plan = SparsityPlan.uniform(base, 0.5, parts=("qk",), layers=(1,), selection="svd")
+        factors = Factors.compute(base, plan=plan)
+        factors = replace(factors, pairs={name: (b * scale, a) for name, (b, a) in factors.pairs.items()})
+        callbacks = [Stop()] if stop else []
+        model = add_adapter(base, SETTINGS)
+        train(model, tokenizer, EXAMPLES, plan, out, SETTINGS, callbacks=callbacks, factors=factors)
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "adapter", stop=True)
+    with pytest.raises(InputError, match="checkpoints of a run with other factors: run that again"):
+        learn(tmp_path / "adapter", 2.0)
+    learn(tmp_path / "adapter")
 
 
 def test_a_checkpoint_that_was_torn_in_its_last_file_is_not_gone_on_with(tmp_path: Path) -> None:

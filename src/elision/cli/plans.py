@@ -10,6 +10,7 @@ import typer
 
 from elision.cli.common import DryRun, Dtype, Json, Model, RunDirectory, load, run_directory, show, tell, warn
 from elision.errors import InputError
+from elision.runs import factors_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +84,7 @@ def calibrate(
     if out.is_dir():
         raise InputError(f"--out {out} is a directory: name the plan's file")
     if selection == "whitened":
-        check_free(_factors_beside(out))
+        check_free(factors_beside(out))
     if stream and (adapter is not None or time is not None or rehearse):
         raise InputError("--stream goes without --adapter, --rehearse and --time: a model on disk cannot be trained")
     if adapter is not None and rehearse:
@@ -120,7 +121,7 @@ def calibrate(
             **settings,
         )
         if "factors" in settings:
-            tell(kept, f"factors: {settings['factors'].save(_factors_beside(out))}", as_json)
+            tell(kept, f"factors: {settings['factors'].save(factors_beside(out))}", as_json)
         plan.save(out)
         found, told = plan.calibration, sparselora.forecast(loaded, batches, plan)
         assert found is not None
@@ -242,13 +243,8 @@ def plan_of(name: str | None, mode: str | None) -> Callable[[Any], tuple[Sparsit
             f"plan {name} is neither a file nor a preset: give a plan's path or {', '.join(presets.names())}"
         )
     plan = SparsityPlan.preset(name) if preset else SparsityPlan.load(name)
-    factors = Factors.load(_factors_beside(Path(name))) if plan.selection == "whitened" else None
+    factors = Factors.load(factors_beside(Path(name))) if plan.selection == "whitened" else None
     return lambda model: (plan, factors)
-
-
-def _factors_beside(plan: Path) -> Path:
-    """Where `calibrate` keeps the whitened factors of a plan."""
-    return plan.with_name(f"{plan.name.removesuffix('.json')}.factors.safetensors")
 
 
 def _load(

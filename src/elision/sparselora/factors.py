@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from elision import blocks, files
 from elision.errors import InputError
 from elision.evaluate import evaluating
+from elision.layerwise import hash_tensor
 from elision.sparselora import estimator, tokens
 from elision.sparselora.plan import SparsityPlan
 from elision.streaming import resident
@@ -100,6 +101,19 @@ class Factors:
                     moment = moments[block.index, name in ("gate", "up")]
                     pairs[f"layers.{block.index}.{name}"] = estimator.whitened_svd(projection.matrix, moment, rank)
         return cls(rank, fingerprint(view), pairs, "whitened")
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that a step depends on."""
+        digest = hashlib.sha256(json.dumps([self.kind, self.rank]).encode())
+        self.hash_pairs(digest)
+        return digest.hexdigest()
+
+    def hash_pairs(self, digest: Any) -> None:
+        """Feed every pair to a hashlib digest."""
+        for name, (b, a) in sorted(self.pairs.items()):
+            hash_tensor(digest, f"{name}.b", b)
+            hash_tensor(digest, f"{name}.a", a)
 
     def check(self, view: blocks.Decoder, plan: SparsityPlan) -> None:
         """Raise InputError where these are not the factors of this model, or not those that `plan` asks for."""

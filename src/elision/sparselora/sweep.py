@@ -232,9 +232,8 @@ def _key(
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
             hash_tensor(digest, name, parameter)
-    for name, pair in sorted([] if factors is None else factors.pairs.items()):
-        hash_tensor(digest, f"{name}.b", pair[0])
-        hash_tensor(digest, f"{name}.a", pair[1])
+    if factors is not None:
+        factors.hash_pairs(digest)
     return digest.hexdigest()[:16]
 
 

@@ -150,7 +150,7 @@ def train(
     rows = encode(model, tokenizer, examples, settings.max_length)
     out = out.resolve()
     work = _checkpoints(out)
-    _check_identity(work, _identity(model, rows, plan, settings))
+    _check_identity(work, _identity(model, rows, plan, settings, factors))
     arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=settings.batch,
@@ -227,14 +227,18 @@ def _tensorboard_in(place: Path) -> Iterator[None]:
 
 
 def _identity(
-    model: Any, rows: Sequence[dict[str, list[int]]], plan: SparsityPlan | None, settings: Settings
+    model: Any,
+    rows: Sequence[dict[str, list[int]]],
+    plan: SparsityPlan | None,
+    settings: Settings,
+    factors: Factors | None,
 ) -> dict[str, Any]:
     """What a run is made of: its checkpoints are of use to no other."""
     trained = [[name, list(p.shape), str(p.dtype)] for name, p in model.named_parameters() if p.requires_grad]
     told = {"data": rows, "plan": None if plan is None else plan.to_dict(), "adapter": trained}
     told["base"] = sweep.weights_of(blocks.decoder(model), model)
     hashed = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in told.items()}
-    return {**asdict(settings), **hashed}
+    return {**asdict(settings), **hashed, "factors": None if factors is None else factors.digest}
 
 
 def _check_identity(work: Path, identity: dict[str, Any]) -> None:
