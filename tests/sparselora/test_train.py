@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import TrainerCallback
+from typer.testing import CliRunner
 
 from elision import reference_model
+from elision.cli import app
 from elision.data import Example
 from elision.errors import InputError
 from elision.sparselora import Factors, SparsityPlan
@@ -118,6 +121,22 @@ def test_a_kill_while_the_adapter_is_written_leaves_no_half_of_it(
     assert not out.exists()
     run(out)
     assert (out / "adapter_config.json").is_file()
+
+
+def test_a_single_step_trains(tmp_path: Path) -> None:
+    run(tmp_path / "adapter", replace(SETTINGS, steps=1))
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert all(bool(weight.any()) for name, weight in weights.items() if "lora_B" in name)  # which begin as zeros
+
+
+def test_one_of_several_processes_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"training runs in 2 processes \(WORLD_SIZE\), and is made for one: start it"):
+        run(tmp_path / "adapter")
+    command = ["sparselora", "train", "reference", "--data", "none.jsonl", "--out", str(tmp_path / "adapter")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and "training runs in 2 processes" in result.stderr
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_place_where_the_adapter_cannot_go_is_refused_before_the_training(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def train(
         raise InputError("--plan and --sparsity are both given: one of them says what to leave out")
     if not 0 < epochs < math.inf:
         raise InputError(f"--epochs {epochs:g} trains nothing: give a number above 0")
+    training.check_alone()
     training.check_free(out, "--out", run)
     training.reporters(report_to or ())
     examples = load_examples(data, warn)

@@ -86,6 +86,19 @@ def encode(
     return rows
 
 
+def check_alone() -> None:
+    """Refuse, before any work, to be one of several processes: they would write one adapter and its checkpoints.
+
+    Raises:
+        InputError: torchrun or accelerate has started this process beside others.
+    """
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise InputError(
+            f"training runs in {count} processes (WORLD_SIZE), and is made for one: start it without torchrun, or "
+            "write a script with sparsify and Trainer (docs: Several GPUs)"
+        )
+
+
 def check_free(out: Path, name: str = "out", run: Path | None = None) -> None:
     """Refuse, before any work, a place that the adapter, once whole, cannot be moved to; `name` is the option's.
 
@@ -140,12 +153,13 @@ def train(
         The log of the Trainer: dicts with "step" and "loss".
 
     Raises:
-        InputError: `out` is not empty, nothing to train on, rows that the model cannot read, checkpoints of another
-            run beside `out`, a `report_to` that is not installed, or what `sparsify` refuses.
+        InputError: one of several processes, `out` is not empty, nothing to train on, rows that the model cannot read,
+            checkpoints of another run beside `out`, a `report_to` that is not installed, or what `sparsify` refuses.
     """
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
+    check_alone()
     check_free(out)
     rows = encode(model, tokenizer, examples, settings.max_length)
     out = out.resolve()
@@ -157,7 +171,7 @@ def train(
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, settings.steps // 25),
+        warmup_steps=min(max(1, settings.steps // 25), settings.steps - 1),  # whose first step has the rate 0
         weight_decay=0.0,
         logging_steps=max(1, settings.steps // 15),
         save_steps=max(1, settings.steps // settings.checkpoints),
