@@ -76,7 +76,12 @@ def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "healed"
     fast = ["--method", "fisher", "--stream", "--tiers", "0,1", "--drop", 0.25, "--recovered", "b2b=0.7"]
     code, said, _ = run(*CALIBRATE, "--text", text, "--ranks", 2, "--ranks", 4, *fast, "--out", plan)
-    assert code == 0 and said.count("3 of 12 blocks") == 2 and "held-out tokens where" in said
+    assert (
+        code == 0
+        and said.count("3 of 12 blocks") == 2
+        and said.count("before healing, ") == said.count(" expected after it: ") == 2
+        and "points" not in said
+    )
     assert said.count("served by vLLM and transformers") == 2
     assert {SyncPlan.load(tmp_path / f"plan-{n}.json").ranks for n in (2, 4)} == {2, 4}
     rest = ["--text", text, "--held-out", text, "--rows", 16, "--tokens", 16, "--epochs", 1, "--lr", 1e-5]
@@ -119,6 +124,16 @@ def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
     assert code == 2 and "exists and is not a checkpoint with a plan" in error
 
 
+TRIED = {  # what a dry run refuses as the command itself does
+    "": "ranks [2] are not the 4 of the link",
+    "--ranks 4": "ranks [2, 4] are not the 4 of the link",
+    "--drop 0.5": "given with max_kl, drop or tiers",
+    "--tiers 0,1": "given with max_kl, drop or tiers",
+    "--alpha 1e-4": "--alpha is given beside --probe",
+    "--beta 0": "--beta is given beside --probe",
+}
+
+
 def test_calibrate_for_a_link(tmp_path: Path, text: Path) -> None:
     out = tmp_path / "plan.json"
     probe = tmp_path / "probe.json"
@@ -128,6 +143,11 @@ def test_calibrate_for_a_link(tmp_path: Path, text: Path) -> None:
     assert code == 0 and said.startswith("do not bother: ") and not out.exists()
     code, said, _ = run(*arguments, "--alpha", 1e-4, "--beta", 1e-9, "--max-loss", 0.02, "--method", "fisher")
     assert code == 0 and "of 12 blocks drop their first sync on 2 ranks" in said
+    probe.write_text('{"ranks": 4, "alpha": 1e-4, "beta": 0}')
+    for options, words in TRIED.items():
+        before = sorted(tmp_path.rglob("*"))
+        code, said, error = run(*arguments, "--probe", probe, *options.split(), "--dry-run")
+        assert code == 2 and said == "" and words in error and sorted(tmp_path.rglob("*")) == before
     code, _, error = run(*arguments, "--treatments", "dropped,none")
     assert code == 2 and error == "error: treatments name 'none': give some of dropped, int8, skipped\n"
     assert SyncPlan.load(out).verified is not None
@@ -198,6 +218,9 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
         SyncPlan(2, (1,)).save(plan)
         heal = ["spd", "heal", "reference", "--plan", plan, "--text", text, "--tokens", 32]
         return [*heal, "--out", folder / "new", *RECIPES[kind][0]], RECIPES[kind][1]
+    if kind in WITHOUT:
+        options, words = WITHOUT[kind]
+        return [*calibrate, "--ranks", 2, "--text", text, *options, "--dry-run"], words
     if kind == "recovered":
         return [*calibrate, "--ranks", 2, "--text", text, "--recovered", "b2b"], "'b2b' is no treatment with a share"
     if kind == "truncated weights":
@@ -343,6 +366,11 @@ RECIPES: dict[str, tuple[list[object], str]] = {  # every option of a recipe, ea
     "polish on disk on trial": (["--stream", "--polish", 1, "--dry-run"], "polish 1 trains all healed blocks together"),
     "polish on disk": (["--stream", "--polish", 1], "polish 1 trains all healed blocks together"),
 }
+WITHOUT: dict[str, tuple[list[object], str]] = {  # options that would be ignored
+    "tokens of a step without a link": (["--step-tokens", 8], "step-tokens is given without a link"),
+    "what was recovered and nothing to heal": (["--recovered", "b2b=0.7"], "without --healing or --tiers"),
+    "treatments without a link": (["--treatments", "int8"], "treatments int8 are given without a workload"),
+}
 KINDS = (
     "missing text, empty text, too little text, ranks, limit, two limits, tiers, no probe, half a link, "
     "a plan to heal for another model, a plan without drops, truncated weights, plan of another model, "
@@ -370,7 +398,7 @@ UNKNOWN_IT = " outside the vocabulary"
 UNKNOWN = [f"{what}{UNKNOWN_IT}" for what in ("problems", "timed problems", "problems to plan on", "a prompt")]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *UNMET, *ADAPTERS, *BEYOND, *UNKNOWN, *RECIPES])
+@pytest.mark.parametrize("kind", [*KINDS, *WITHOUT, *UNMET, *ADAPTERS, *BEYOND, *UNKNOWN, *RECIPES])
 def test_bad_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path, text: Path) -> None:
     arguments, message = bad(kind, tmp_path, text)
     before = sorted(tmp_path.rglob("*"))

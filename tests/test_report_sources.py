@@ -439,6 +439,16 @@ def test_a_plan_that_is_no_point_of_its_curve_gets_no_cost_from_it(
     assert "Ringed" in report.write(put(tmp_path / "on.json", PLAN), tmp_path / "on").read_text()
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_is_to_be_healed_is_not_judged_by_what_it_costs_before(mixed: bool, tmp_path: Path) -> None:
+    found = {**VERIFIED["verified"], "zero_shot": 16.0, "planned": 16.0, "predicted": 0.1}
+    plan = {**VERIFIED, "healing": {"2": "b2b"}, "verified": found} | ({"int8": [0]} if mixed else {})
+    first, second = (sources.load(put(tmp_path / name, plan)) for name in ("p.json", "q.json"))
+    said = "held-out text before healing, +10.0% expected after it"
+    assert verdict.headline(first).endswith(f"+60.0% perplexity {f'on {said}' if mixed else f'({said})'}.")
+    assert mixed or f"P on {said} leaves out" in verdict.headline(sources.together([("p", first), ("q", second)]))
+
+
 def test_benchmarks_on_one_page_are_each_held_against_their_own_baseline(tmp_path: Path) -> None:
     def bench(name: str, slower: float) -> Path:
         rows = [row | {"step_ms": slower * row["step_ms"]} for row in EVERYTHING["steps"]]

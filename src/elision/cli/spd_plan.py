@@ -78,14 +78,18 @@ def calibrate(
     """
     from elision import spd
     from elision.report import sources
-    from elision.spd.calibration import Limit
+    from elision.spd.calibration import Limit, check_workload
+    from elision.spd.sensitivity import covered_by_all
 
     ranks = list(dict.fromkeys(ranks))
     paths = _plan_paths(out, ranks)
     allowed = tuple(each.strip() for each in treatments.split(","))
     limit = Limit(max_loss, max_kl, drop, _thresholds(tiers), healing, _shares(recovered or []), allowed)
+    if recovered and not healing and tiers is None:
+        raise InputError("--recovered is given without --healing or --tiers, so nothing will be healed: leave it out")
     loaded, tokenizer = load(model, dtype, stream=stream)
     workload = _workload(loaded, ranks, probe, alpha, beta, step_ms, step_tokens)
+    check_workload(workload, covered_by_all(loaded, ranks), ranks, limit)
     batches, apart = _texts(loaded, tokenizer, text, held_out, rows, tokens)
     if workload is not None and (reason := workload.refusal()):
         return show({"plans": [], "verdict": reason}, as_json, reason)
@@ -277,8 +281,13 @@ def _workload(
     if probe is None and alpha is None and beta is None:
         if step_ms is not None:
             raise InputError("step-ms is given without a link: give --probe, or --alpha and --beta")
+        if step_tokens != 1:
+            raise InputError("step-tokens is given without a link: give --probe, or --alpha and --beta")
         return None
     if probe is not None:
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if value is not None:
+                raise InputError(f"--{name} is given beside --probe, which says it itself: leave one out")
         found = files.read_json(probe, "probe")
         if not isinstance(found, dict) or not {"ranks", "alpha", "beta"} <= set(found):
             raise InputError(f"probe {probe} has no ranks, alpha and beta: write it with elision spd probe --out")
@@ -314,23 +323,26 @@ def _said(plan: SyncPlan, before: SyncPlan | None = None) -> str:
     from elision.spd.serving import in_words, served_by
 
     layers = "" if plan.model is None else f" of {plan.model.layers}"
-    parts = [f"{len(plan.dropped)}{layers} blocks drop their first sync on {plan.ranks} ranks"]
-    parts += [
-        f"{len(blocks)} {what}"
-        for blocks, what in ((plan.int8, "send it in int8"), (plan.skipped, "skip attention"))
-        if blocks
-    ]
-    parts += [f"{len(plan.healing)} are to be healed"] if plan.healing else []
+    blocks = "block drops its" if len(plan.dropped) == 1 and not layers else "blocks drop their"
+    parts = [f"{len(plan.dropped)}{layers} {blocks} first sync on {plan.ranks} ranks"]
+    for treated, one, many in (
+        (plan.int8, "sends it in int8", "send it in int8"),
+        (plan.skipped, "skips attention", "skip attention"),
+        (plan.healing, "is to be healed", "are to be healed"),
+    ):
+        parts += [f"{len(treated)} {one if len(treated) == 1 else many}"] if treated else []
     if plan.model is not None:
         parts.append(f"served by {in_words(served_by(plan.model, plan))}")
     found = plan.verified
     if found is None:
         return ", ".join([*parts, "not verified, for no row of text was left over: give more text, or shorter rows"])
-    off = 100 * (found.loss - found.predicted)
-    parts.append(
-        f"perplexity {100 * found.loss:+.2f}% on {found.tokens:,} held-out tokens where {100 * found.predicted:+.2f}% "
-        f"was predicted ({abs(off):.2f} points {'more' if off > 0 else 'less'})"
-    )
+    cost = f"perplexity {100 * found.loss:+.2f}% on {found.tokens:,} held-out token{'' if found.tokens == 1 else 's'}"
+    if plan.healing:  # what was predicted is of other weights than what was measured
+        parts.append(f"{cost} before healing, {100 * found.predicted:+.2f}% expected after it")
+    else:
+        off = round(100 * (found.loss - found.predicted), 2)
+        apart = f" ({abs(off):.2f} points {'more' if off > 0 else 'less'})" if off else ""
+        parts.append(f"{cost} where {100 * found.predicted:+.2f}% was predicted{apart}")
     if (plan.healed or plan.corrections) and found.recovery is not None:
         parts.append(f"{100 * found.recovery:.0f}% of the loss recovered{_assumed(before)}")
     return ", ".join(parts)

@@ -16,7 +16,7 @@ from typing import Any
 from elision import files
 from elision.errors import InputError
 from elision.report.results import Results, Tradeoff, check
-from elision.report.verdict import CALIBRATION, HELD_OUT, SYNCS
+from elision.report.verdict import CALIBRATION, HELD_OUT, SYNCS, unhealed
 from elision.runs import Run
 
 GIVE = "give a run directory, a plan or a benchmark's JSON"
@@ -116,8 +116,9 @@ def _joined(tradeoffs: Sequence[tuple[str, Tradeoff]]) -> list[Tradeoff]:
             found.append(each)
         else:
             name = each.name if names[each.name] == 1 else _named(label, each.name)
-            called = {each.name: name, HELD_OUT: f"{name} on {HELD_OUT}"}
-            points = [point.model_copy(update={"name": called.get(point.name, point.name)}) for point in each.points]
+            (point,) = each.points
+            called = f"{name} on {point.name}" if point.name.startswith(HELD_OUT) else point.name
+            points = [point.model_copy(update={"name": name if point.name == each.name else called})]
             if (place := places.setdefault(kind, len(found))) == len(found):
                 found.append(each.model_copy(update={"name": name, "points": points}))
             else:
@@ -189,6 +190,8 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sync_plan(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     sections: dict[str, Any] = {}
+    verified = values.get("verified")
+    after = verified["predicted"] if verified is not None and values.get("healing") else None
     if (found := values.get("calibration")) is not None:
         dense, dropped = found["perplexities"][0], values["dropped"]
         treated = {how: values[how] for how in ("dropped", "int8", "skipped") if values.get(how)}
@@ -202,15 +205,15 @@ def _sync_plan(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         # What spd.calibration.on_curve asks: whether the curve's k-th point is this plan.
         if treated.keys() - {"dropped"} or set(found["order"][: len(dropped)]) != set(dropped):
             ranks |= {"chosen": None, "other": treated}
-            if (verified := values.get("verified")) is not None:
-                ranks["other_cost"] = verified["planned"] / verified["dense"] - 1
+            if verified is not None:
+                ranks |= {"other_cost": verified["planned"] / verified["dense"] - 1, "healed_cost": after}
         text = {"text": CALIBRATION, "tokens": 0}
         sections["spd"] = [{"model": name, **text, "dense_perplexity": dense, "ranks": [ranks]}]
     mixed = sections and (values.get("int8") or values.get("skipped"))  # saves more than what is left out
-    if (verified := values.get("verified")) is not None and values.get("model") is not None and not mixed:
+    if verified is not None and values.get("model") is not None and not mixed:
         costs = {"as it is": verified["zero_shot"], "healed": verified["planned"]}
         if costs["as it is"] == costs["healed"] or not values.get("healed"):
-            costs = {HELD_OUT: verified["planned"]}
+            costs = {HELD_OUT + unhealed(after): verified["planned"]}
         point = {"saving": len(values["dropped"]) / values["model"]["layers"], "kind": "chosen"}
         points = [{**point, "name": how, "cost": value / verified["dense"] - 1} for how, value in costs.items()]
         points[0]["kind"] = "chosen" if len(points) == 1 else "control"

@@ -169,11 +169,18 @@ def _dropped(models: Sequence[SyncPointDrop]) -> str | None:
 def mixed(name: str, is_: Ranks) -> str:
     """A plan that is no point of the curve beside it: what it does to which blocks, and what that was found to cost."""
     done = [f"{how} in {spans(blocks)}" for how, blocks in is_.other.items() if blocks]
-    cost = "a cost that was not measured" if is_.cost is None else f"{change(is_.cost)} perplexity on {HELD_OUT}"
+    cost = "a cost that was not measured"
+    if is_.cost is not None:
+        cost = f"{change(is_.cost)} perplexity on {HELD_OUT}{unhealed(is_.healed_cost)}"
     return (
         f"on {is_.ranks} ranks, the plan of {name} spares syncs after attention in "
         f"{sum(map(len, is_.other.values()))} of {is_.layers} blocks ({listed(done or ['none'])}) for {cost}"
     )
+
+
+def unhealed(expected: float | None) -> str:
+    """What stands behind a cost that was measured before a healing that is planned; `expected` is that after it."""
+    return "" if expected is None else f" before healing, {change(expected)} expected after it"
 
 
 def learned(is_: FineTune) -> list[str]:
@@ -335,7 +342,8 @@ def chosen(is_: Tradeoff) -> str:
     found = [point for point in is_.points if point.kind == "chosen"]
     said = [
         f"{is_.name if len(found) == 1 else point.name} leaves out {percent(point.saving)} of {is_.saving} for "
-        f"{change(point.cost)} {is_.cost}" + (f" ({point.name})" if len(found) == 1 and point.name == HELD_OUT else "")
+        f"{change(point.cost)} {is_.cost}"
+        + (f" ({point.name})" if len(found) == 1 and point.name.startswith(HELD_OUT) else "")
         for point in found
     ]
     return listed(said) if said else f"{len(is_.points)} plans of {is_.name} were measured"

@@ -190,7 +190,8 @@ def truncated_svd(
 def _leading(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Leading singular triplets by block subspace iteration, ended when the leading singular values stand still."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(weight.shape[1], rank + _OVERSAMPLING, generator=generator, dtype=weight.dtype)
+    shape = weight.shape[1], rank + _OVERSAMPLING
+    start = torch.randn(shape, generator=generator, dtype=weight.dtype, device="cpu")  # the same on every device
     basis = torch.linalg.qr(weight @ start.to(weight.device)).Q
     previous = torch.zeros(rank, dtype=weight.dtype, device=weight.device)
     for _ in range(_MAX_ITERATIONS):

@@ -204,13 +204,9 @@ def calibrations(
     """`calibrate` for several numbers of ranks, measured together: what does not depend on them is computed once."""
     limit, several = limit or Limit(), tuple(ranks)
     view = covered_by_all(model, several)
-    if workload is not None:
-        _check_workload(workload, view, several, limit)
-    elif set(limit.treatments) != set(ALLOWED):
-        raise InputError(
-            f"treatments {', '.join(limit.treatments)} are given without a workload, where syncs are dropped alone: "
-            "give what a step costs (--probe, --step-ms), or leave them out"
-        )
+    check_workload(workload, view, several, limit)
+    if workload is not None and (reason := workload.refusal()):
+        raise InputError(reason)
     data = check_batches(batches, view.config)
     apart = None if held_out is None else check_batches(held_out, view.config)
     journal = Journal(state, view)
@@ -268,7 +264,15 @@ def _prefix(
     return SyncPlan(ranks, tuple(order[:count]), healing=healing), loss
 
 
-def _check_workload(workload: Workload, view: Decoder, ranks: Sequence[int], limit: Limit) -> None:
+def check_workload(workload: Workload | None, view: Decoder, ranks: Sequence[int], limit: Limit) -> None:
+    """Raise InputError where `workload` does not go with the model, the ranks or the limit. A dry run asks too."""
+    if workload is None:
+        if set(limit.treatments) != set(ALLOWED):
+            raise InputError(
+                f"treatments {', '.join(limit.treatments)} are given without a workload, where syncs are dropped "
+                "alone: give what a step costs (--probe, --step-ms), or leave them out"
+            )
+        return
     if limit.max_kl is not None or limit.drop is not None or limit.tiers is not None:
         raise InputError("workload is given with max_kl, drop or tiers: treatments are mixed within max_loss alone")
     if tuple(ranks) != (workload.link.ranks,):
@@ -279,8 +283,6 @@ def _check_workload(workload: Workload, view: Decoder, ranks: Sequence[int], lim
             f"workload is of {workload.layers} blocks of width {workload.hidden}, the model has {len(view.blocks)} of "
             f"{block.hidden_size}: give the model's"
         )
-    if reason := workload.refusal():
-        raise InputError(reason)
 
 
 def _mixed(

@@ -89,7 +89,7 @@ class Verified:
 
     Perplexities of the same text: `dense` with every sync, `zero_shot` with the plan's blocks dropped and nothing done
     about it, `planned` under the plan as it is. `kl` is the mean KL divergence from the dense model in nats a token;
-    `predicted` the relative increase of perplexity that calibration led to expect.
+    `predicted` the relative increase of perplexity that calibration led to expect, of a plan with `healing` after that.
     """
 
     data: str  # fingerprint of the held-out batches
