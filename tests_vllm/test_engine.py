@@ -54,6 +54,8 @@ def test_every_family_agrees_with_the_simulation(family, tmp_path):
     with engine(checkpoint(tmp_path / "model", family, MIXED)) as llm:
         check(llm, family, MIXED)
         check_syncs(llm, MIXED)
+        llm.collective_rpc("reload_weights")
+        check(llm, family, MIXED)
 
 
 def test_ranks_that_hold_the_same_key_value_head_agree_with_the_simulation(tmp_path, monkeypatch):

@@ -83,7 +83,11 @@ def _own_row(tensor: Tensor) -> nn.Parameter:
     """A parameter of which the checkpoint has a row for each rank."""
     parameter = nn.Parameter(tensor, requires_grad=False)
     rank = get_tensor_model_parallel_rank()
-    parameter.weight_loader = lambda own, rows: own.data.copy_(rows[rank])  # pyright: ignore[reportAttributeAccessIssue]
+
+    def load(param: nn.Parameter, loaded_weight: Tensor) -> None:  # vLLM's reload_weights goes by these names
+        param.data.copy_(loaded_weight[rank])
+
+    parameter.weight_loader = load  # pyright: ignore[reportAttributeAccessIssue]
     return parameter
 
 
