@@ -158,6 +158,21 @@ def toggle(rank: int, place: str, plan: SyncPlan) -> dict[str, Any]:
     return seen
 
 
+def adapted(rank: int, place: str) -> list[str]:
+    """The sentences with which the forward of a served model is refused that was given an adapter."""
+    found = []
+    for skipped in ((), (0,)):
+        model = runtime.load(place, drop=False)
+        with runtime.drop_syncs(model, SyncPlan(2, () if skipped else (0,), skipped=skipped)):
+            block = decoder(model).blocks[0]
+            block.mlp.up_proj = nn.Sequential(block.mlp.up_proj)  # as PEFT wraps it
+            try:
+                model(token_ids())
+            except InputError as error:
+                found.append(str(error))
+    return found
+
+
 def otherwise_corrected(rank: int, place: str, plan: SyncPlan) -> str:
     """The sentence with which a plan is refused that corrects a checkpoint's block in another way than its own."""
     model = runtime.load(place, drop=False)

@@ -92,6 +92,7 @@ def runs(tmp_path_factory):
         "number": (served.refused, ([four, four],)),
         "lacking": (served.refused, ([full, without(full, room / "lacking", UP)],)),
         "kind": (served.otherwise_corrected, (full_corrected, replace(CORRECTED, corrections={1: "constant"}))),
+        "adapted": (served.adapted, (empty,)),
         "late": (served.late, (full,)),
         "cast": (served.serve, ([full_corrected], torch.bfloat16)),
         "lose": (served.lose, (full, 1, "failed")),
@@ -141,6 +142,12 @@ def test_a_correction_of_another_kind_than_the_plan_names_is_refused(runs):
     assert set(runs[2]["kind"]) == {
         "plan corrects block 1 by constant for 2 ranks, the checkpoint by gain for 2: use the plan that it carries"
     }
+
+
+def test_an_adapter_on_what_a_plan_reads_itself_is_refused(runs):
+    sentence = "block 0's up projection carries an adapter, which a plan's forward would pass over: "
+    for seen in runs[2]["adapted"]:
+        assert [found.startswith(sentence) for found in seen] == [True, True]
 
 
 def test_an_empty_plan_is_transformers_own_parallelism_and_a_dropped_one_can_be_removed(runs):

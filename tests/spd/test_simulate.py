@@ -292,6 +292,30 @@ def test_a_merged_adapter_is_simulated_and_an_unmerged_one_refused():
         torch.testing.assert_close(logits(merged), expected, **EXACT)
 
 
+def test_an_adapter_put_on_a_simulated_model_is_refused_where_it_would_not_act():
+    where = {
+        "q_proj": None,
+        "o_proj": (0, "o"),
+        "gate_proj": (0, "gate"),
+        "up_proj": (0, "up"),
+        "down_proj": (0, "down"),
+    }
+    for plan in (SyncPlan(3, ALL), SyncPlan(3, int8=ALL), SyncPlan(3, skipped=ALL)):
+        for target, refused in where.items():
+            model = tiny("llama")
+            with simulate(model, plan) as simulation:
+                adapted = get_peft_model(model, LoraConfig(target_modules=[target], r=2, init_lora_weights=False))
+                if refused is not None:
+                    sentence = "block {}'s {} projection carries an adapter, .*: merge it".format(*refused)
+                    with pytest.raises(InputError, match=sentence):
+                        logits(adapted)
+                    continue
+                found = logits(adapted)
+            simulation.remove()
+            with simulate(adapted.merge_and_unload(), plan):
+                torch.testing.assert_close(found, logits(model), rtol=0, atol=1e-5)
+
+
 class TestRefusals:
     def refuse(self, match: str, model, plan: SyncPlan) -> None:
         before = [set(vars(module)) for module in model.modules()]

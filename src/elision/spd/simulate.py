@@ -217,6 +217,20 @@ def check_plain(block: Block, *, streamed: bool = False) -> None:
             raise InputError(f"{where} is offloaded: load the model without a device_map, or read it block by block")
 
 
+def check_unadapted(block: Block) -> None:
+    """Raise InputError where an adapter was put on a projection whose weight a plan's forward reads past its module.
+
+    Asked at every forward: adapters come and go. Those on Q, K and V act, for attention is the model's own.
+    """
+    for name in ("o", "gate", "up", "down"):
+        projection = getattr(block, name)
+        if projection is not None and not isinstance(projection.module, nn.Linear):
+            raise InputError(
+                f"block {block.index}'s {name} projection carries an adapter, which a plan's forward would pass over: "
+                "merge it before the plan is applied, or take it off"
+            )
+
+
 def local_block(block: Block, rank: int, ranks: int, correction: Correction | None = None) -> LocalBlock:
     """The part of `block` that `rank` of `ranks` holds: views of the model's own parameters, nothing copied."""
     own = shard(rank, ranks, block.heads, block.kv_heads, block.intermediate_size)
@@ -250,6 +264,7 @@ def spd_layer(block: Block, ranks: int, correction: Correction | None, hidden_st
     The attention module's output projection must hand its input through. `kwargs` are what the model gives the layer
     (mask, positions, cache); they go to the attention module unread.
     """
+    check_unadapted(block)
     heads = head_outputs(block, hidden_states, kwargs)
     local = [local_block(block, rank, ranks, correction) for rank in range(ranks)]
     own_heads = heads.tensor_split(ranks, dim=-1)
@@ -259,6 +274,7 @@ def spd_layer(block: Block, ranks: int, correction: Correction | None, hidden_st
 
 def int8_layer(block: Block, ranks: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """The decoder layer's forward with both syncs, the first in int8; as `spd_layer` otherwise."""
+    check_unadapted(block)
     heads = head_outputs(block, hidden_states, kwargs)
     local = [local_block(block, rank, ranks) for rank in range(ranks)]
     r = block.residual_multiplier
@@ -272,6 +288,7 @@ def skipped_layer(block: Block, ranks: int, hidden_states: Tensor, **kwargs: Any
 
     A key/value cache is still told how many tokens went by, because the model asks its first block for that.
     """
+    check_unadapted(block)
     cache = kwargs.get("past_key_values")
     if cache is not None:
         batch, tokens = hidden_states.shape[:2]

@@ -43,7 +43,7 @@ from elision.spd.plan import SyncPlan
 from elision.spd.runtimes import ranks
 from elision.spd.runtimes.checkpoint import check_fits, corrections_of, facts_of, fingerprint, plan_of
 from elision.spd.serving import served_by
-from elision.spd.simulate import check_carried
+from elision.spd.simulate import check_carried, check_unadapted
 
 TIMEOUT = 10.0  # seconds that a rank waits for another within one all-reduce
 _LIMIT = "_elision_timeout"
@@ -208,7 +208,7 @@ def drop_syncs(model: PreTrainedModel, plan: SyncPlan) -> DroppedSyncs:
         local = _local_block(block, rank, own, correction)
         if block.index in plan.skipped:
             kv_heads = block.kv_heads if block.q.rows is not None else block.kv_heads // size
-            skip = partial(_skipped_layer, block.index, (kv_heads, block.head_dim), local, all_reduce)
+            skip = partial(_skipped_layer, block, (kv_heads, block.head_dim), local, all_reduce)
             handle._replace(block.layer, skip)
             continue
         gathered = own if block.q.rows is not None else None  # fused: each rank has the heads of all
@@ -227,13 +227,14 @@ def _layer(
     **kwargs: Any,
 ) -> Tensor:
     """The decoder layer's forward by block.py's `step`: (batch, sequence, hidden) to the same, equal on every rank."""
+    check_unadapted(block)
     assert block.attention_norm is not None
     heads = block.attention(hidden_states=block.attention_norm(hidden_states), **kwargs)[0]
     return step(hidden_states, heads if own is None else heads[..., own], local)
 
 
 def _skipped_layer(
-    index: int,
+    block: Block,
     keys: tuple[int, int],
     local: LocalBlock,
     all_reduce: Callable[[Tensor], Tensor],
@@ -245,10 +246,11 @@ def _skipped_layer(
     A key/value cache is still told how many tokens went by, because the model asks its first block for that, in
     zeros of `keys` (heads, head_dim), for which a static one may have made room.
     """
+    check_unadapted(block)
     if (cache := kwargs.get("past_key_values")) is not None:
         batch, tokens = hidden_states.shape[:2]
         nothing = hidden_states.new_zeros(batch, keys[0], tokens, keys[1])
-        cache.update(nothing, nothing, index)
+        cache.update(nothing, nothing, block.index)
     total = all_reduce(mlp_share(hidden_states, local))
     return add_residual(hidden_states, total, local.residual_multiplier, local.down_bias)
 
