@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elision import blocks
 from elision.errors import InputError
-from elision.sparselora import Elisions, SparsityPlan, lossless, mlp, rows, sparsify
+from elision.sparselora import Elisions, SparsityPlan, estimator, lossless, mlp, rows, sparsify
 from tests.sparselora import tiny
 
 COVERED = tiny.FAMILIES
@@ -570,6 +570,18 @@ def test_a_row_order_that_is_wrong_would_show(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("elision.sparselora.apply.arrange", one_too_many)
     assert not tiny.close(run(model, inputs, "fast", tiny.plan(model)), expected, 1e-6)
+
+
+@pytest.mark.parametrize("selection", ["sampled", "random", "svd"])
+def test_a_default_device_of_the_caller_s_is_left_alone(selection: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.set_default_device("cuda")` with a batch, or a model, on the CPU; "meta" stands for a GPU here."""
+    monkeypatch.setattr(estimator, "_DIRECT", 1)
+    model, inputs = tiny.lora(), holed()
+    plan = tiny.plan(model, 0.6, selection=selection)
+    expected = run(model, inputs, "fast", plan)
+    with torch.device("meta"):
+        for path in ("fast", "reference"):
+            assert tiny.close(run(model, inputs, path, plan), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

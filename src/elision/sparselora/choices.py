@@ -107,7 +107,7 @@ class BlockChoices:
             channels = block.intermediate_size if part == "ffn" else block.kv_heads * block.head_dim
             seed = hashlib.sha256(f"{self.plan.seed} {number} {block.index} {part}".encode()).digest()[:7]
             generator = torch.Generator().manual_seed(int.from_bytes(seed))
-            return sent(torch.rand(channels, generator=generator), x.device)
+            return sent(torch.rand(channels, generator=generator, device="cpu"), x.device)
         if self.plan.selection == "weights":
             return self._weight_scores(part)
         x = estimator.sample(x, tokens_read(self.plan, part))

@@ -157,7 +157,7 @@ def arrange(
         sparse: (batch, sequence), True at the tokens computed sparsely; None: nowhere.
         elisions: what is left out.
     """
-    left_out = _left_out(kinds, elisions)
+    left_out, here = _left_out(kinds, elisions), labels.device  # whatever the caller's default device is
     sparse = torch.zeros_like(left_out) if sparse is None else sparse
     position = (~left_out).flatten().nonzero().squeeze(1)
     kind = (1 - (sparse & ~kinds.loss_bearing).long() + kinds.loss_bearing.long()).flatten()[position]
@@ -171,17 +171,18 @@ def arrange(
     pad = kinds.padding.flatten()[position]
     in_sequence = torch.argsort(segment * 2 + pad.long(), stable=True)  # a segment's real tokens first
     lengths = torch.unique_consecutive(segment[in_sequence], return_counts=True)[1]
-    number = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    within = torch.arange(len(position)) - (lengths.cumsum(0) - lengths)[number]
+    number = torch.repeat_interleave(torch.arange(len(lengths), device=here), lengths)
+    within = torch.arange(len(position), device=here) - (lengths.cumsum(0) - lengths)[number]
     grids, starts = _grids(lengths.tolist())
     slot = torch.empty_like(position)
-    slot[in_sequence] = torch.tensor(starts)[number] + within
+    slot[in_sequence] = torch.tensor(starts, device=here)[number] + within
     slots = slot[by_kind]
-    grid = torch.zeros(grids[-1].slots.stop, dtype=torch.long).index_copy_(0, slots, torch.arange(len(slots)))
+    grid = torch.zeros(grids[-1].slots.stop, dtype=torch.long, device=here)
+    grid.index_copy_(0, slots, torch.arange(len(slots), device=here))
 
     column, columns = position[in_sequence] % sequence, None
     if bool((column - within != (column - within)[within == 0][number]).any()):  # masked tokens in between
-        columns = torch.zeros(len(grid), dtype=torch.long).index_copy_(0, slot[in_sequence], column)
+        columns = torch.zeros_like(grid).index_copy_(0, slot[in_sequence], column)
     return Rows(
         order=order,
         sparse=int(sparse.sum()),
