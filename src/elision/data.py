@@ -83,13 +83,16 @@ def load_examples(path: str | Path, say: Callable[[str], object] = lambda _: Non
         for number, line in enumerate(text.split("\n"), 1):  # JSON's strings may hold what else counts as an end
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                wrong = f"{error.msg} at column {error.colno}"
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # the latter, and plain ValueErrors: too deep, too many digits
+                wrong = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise InputError(f"data {path}, line {number} is not JSON ({wrong}): {remedy}") from None
     else:
         try:
             rows = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"data {path} is not JSON ({error}): {remedy}") from None
     if not isinstance(rows, list) or not rows:
         raise InputError(f"data {path} holds no rows: give a list of objects with a prompt and an answer")

@@ -131,7 +131,7 @@ def divergence(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str
                 zeros = torch.zeros(len(kept), dtype=torch.float64)
                 sums += zeros.index_add_(0, kept.nonzero()[:, 0], values.double()).tolist()
             tokens += kept.sum(dim=1).tolist()
-    return Divergence(_mean(distances, tokens), _mean(same, tokens))
+    return Divergence(_within(_mean(distances, tokens), math.inf), _within(_mean(same, tokens), 1.0))
 
 
 def check_vocabularies(model: nn.Module, dense: nn.Module) -> None:
@@ -206,6 +206,11 @@ def _mean(sums: Sequence[float], tokens: Sequence[int]) -> Interval:
     spread = sum((value - mean * count) ** 2 for value, count in zip(sums, tokens, strict=True))
     half = _errors(n) * math.sqrt(n / (n - 1) * spread) / total
     return Interval(mean, mean - half, mean + half)
+
+
+def _within(found: Interval, most: float) -> Interval:
+    """The part of an interval from 0 to `most`; nan stays."""
+    return Interval(*(min(max(value, 0.0), most) for value in found))
 
 
 @cache

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def write(path: str | Path, fill: Callable[[Path], Any]) -> Path:
     return path
 
 
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+NO_PLACE = (errno.ENAMETOOLONG, errno.ELOOP)  # no disk has a file of such a name
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, *NO_PLACE)
 
 
 @contextmanager
@@ -80,9 +81,12 @@ def check_place(path: str | Path, what: str) -> None:
         InputError: the nearest directory of `path` that exists does not take a file.
     """
     path = Path(path)
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    folder = there.parent if there == path and not path.is_dir() else there
+    folder = path
     try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            (path.parent / f".{path.name}.journal.12345678").lstat()  # no name beside it will be longer
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        folder = there.parent if there == path and not path.is_dir() else there
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -129,7 +133,7 @@ def whole_lines(path: str | Path) -> list[str]:
 def _is_json(line: str) -> bool:
     try:
         json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -147,5 +151,5 @@ def read_json(path: str | Path, what: str) -> Any:
         raise InputError(f"{what} {path} is not a file: give the path of an existing {what}") from None
     except OSError as error:
         raise InputError(f"{what} {path} cannot be read ({error.strerror}): give a file that you may read") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number or a depth beyond what Python reads
         raise InputError(f"{what} {path} is not JSON ({error}): write it again") from None

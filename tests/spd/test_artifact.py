@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from elision import InputError, spd
 from elision.blocks import decoder, describe, load_config
+from elision.families import WEIGHTS
 from elision.loading import load_model, load_tokenizer
 from elision.spd import Calibration, SyncPlan, artifact, corrections
 from elision.spd.simulate import carry, facts
@@ -77,6 +78,27 @@ def test_the_config_says_what_it_takes_to_run_it(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "zero-shot").spd_plan == config["spd_plan"]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "zero-shot")  # these are the original weights
     assert type(plain) is LlamaForCausalLM and torch.equal(logits(plain), logits(model))
+
+
+def test_a_fine_tuned_copy_of_a_zero_shot_checkpoint_runs_under_its_plan(tmp_path):
+    spd.save(tiny("llama"), ZERO_SHOT, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model.lm_head.weight.data *= 1.1
+    model.save_pretrained(tmp_path / "tuned")
+    with spd.simulate(model, ZERO_SHOT):
+        assert torch.equal(logits(spd.load(tmp_path / "tuned")), logits(model))
+
+
+def test_a_place_may_be_in_the_home_directory_or_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = corrected("llama", 3, KINDS)
+    place = spd.save(model, CORRECTED, tmp_path / "out")
+    assert spd.read_plan("~/out") == CORRECTED and bits(spd.read("~/out").model) == bits(model)
+    asked = []
+    monkeypatch.setattr(artifact, "load_config", lambda path: load_config(place))
+    monkeypatch.setattr(artifact, "snapshot_download", lambda name, **given: asked.append((name, given)) or str(place))
+    assert spd.read_plan("org/name") == CORRECTED and asked == []
+    assert bits(spd.read("org/name").model) == bits(model) and asked == [("org/name", WEIGHTS)]
 
 
 @pytest.mark.parametrize("plan", [CORRECTED, SyncPlan(3, (0, 2), healed=(2,))], ids=["corrected", "healed"])
@@ -145,7 +167,10 @@ def test_the_card_has_plan_data_command_and_results(tmp_path):
         "    elision spd heal model",
     ):
         assert f"\n{line}\n" in text
-    assert "refuses the checkpoint" in text and "dropped as they are | " in text
+    assert (
+        "Auto classes, and serving engines without elision, refuse the checkpoint" in text
+        and "dropped as they are | " in text
+    )
     assert spd.read_plan(tmp_path / "out") == plan
 
 
@@ -185,9 +210,23 @@ class TestAnotherModelThanTheHealedOne:
     def test_nor_are_healed_weights_saved_as_the_originals(self, healed, tmp_path):
         with pytest.raises(InputError, match="model has weights healed for another plan"):
             spd.save(healed.model, SyncPlan(3, (0, 2)), tmp_path / "out")
-        healed.model.save_pretrained(tmp_path / "plain")  # as transformers has it: the config tells even so
+        loaded = spd.load(healed.save_pretrained(tmp_path / "ours"))
+        for model in (healed.model, copy.deepcopy(healed.model), loaded):
+            with pytest.raises(InputError, match=r"save_pretrained would write them as .* with elision\.spd\.save"):
+                model.save_pretrained(tmp_path / "plain")
+        assert not (tmp_path / "plain").exists()
+        type(healed.model).save_pretrained(healed.model, tmp_path / "plain")  # the config tells even so
         with pytest.raises(InputError, match="has weights made for the plan that it carries"):
             load_model(str(tmp_path / "plain"))
+
+    def test_the_original_saves_as_it_did(self, tmp_path):
+        plan = SyncPlan(3, (0, 2))
+        model, regrouped = spd.regroup(tiny("llama"), plan, [{"input_ids": token_ids()}], quiet=True)
+        with pytest.raises(InputError, match="healed or regrouped for a plan"):
+            model.save_pretrained(tmp_path / "plain")
+        spd.ungroup(model, regrouped)
+        model.save_pretrained(tmp_path / "plain")
+        spd.read(spd.save(model, plan, tmp_path / "ours")).model.save_pretrained(tmp_path / "again")
 
     def test_the_healed_one_runs_wherever_it_went(self, healed, tmp_path):
         plan = SyncPlan.load(healed.plan.save(tmp_path / "plan.json"))
@@ -316,11 +355,36 @@ class TestWholeOrAbsent:
         (tmp_path / "file").write_text("mine")
         (tmp_path / "empty").mkdir()
         spd.save(model, ZERO_SHOT, tmp_path / "empty")
-        for name in ("original", "file", "."):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "fine-tuned")
+        assert SyncPlan(3, (1,)) == spd.read_plan(tmp_path / "fine-tuned")
+        for name in ("original", "fine-tuned", "file", "."):
             before = everything(tmp_path)
-            with pytest.raises(InputError, match="exists and is not a checkpoint with a plan: give a new directory"):
+            with pytest.raises(
+                InputError, match=r"exists and is not a checkpoint with a plan .*: give a new directory"
+            ):
                 spd.save(model, ZERO_SHOT, tmp_path / name)
             assert everything(tmp_path) == before
+
+    @pytest.mark.parametrize("name", [".git/HEAD", "trainer_state.json", "eval.md"])
+    def test_nor_what_is_beside_it(self, name, tmp_path):
+        spd.save(tiny("llama"), ZERO_SHOT, tmp_path, load_tokenizer("reference"))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+        before = everything(tmp_path)
+        with pytest.raises(InputError, match=rf"holds {name.split('/')[0]}, which elision.spd.save did not write"):
+            spd.save(tiny("llama"), ZERO_SHOT, tmp_path)
+        assert everything(tmp_path) == before
+
+    def test_one_save_at_a_time(self, tmp_path):
+        class Slow:  # a tokenizer that takes its time, while another command saves there too
+            def save_pretrained(self, directory):
+                with pytest.raises(InputError, match="out is being written by another save: wait for it"):
+                    spd.save(tiny("llama"), SyncPlan(3, (1,)), tmp_path / "out")
+                spd.save(tiny("llama"), SyncPlan(3, (1,)), tmp_path / "other")
+
+        spd.save(tiny("llama"), ZERO_SHOT, tmp_path / "out", Slow())
+        assert spd.read(tmp_path / "out").plan == ZERO_SHOT
+        assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
 
 
 class TestRefusals:
@@ -367,7 +431,13 @@ class TestRefusals:
         ("match", "change"),
         [
             ("spd_plan in .*config.json: ranks 0 is not", {"spd_plan": {"version": 1, "ranks": 0, "dropped": []}}),
-            ("architecture 'LlamaForCausalLM' is not one of ours", {"architectures": ["LlamaForCausalLM"]}),
+            (
+                "architecture 'LlamaForCausalLM' is not one of ours",
+                {
+                    "architectures": ["LlamaForCausalLM"],
+                    "spd_plan": {"version": 1, "ranks": 3, "dropped": [1], "healed": [1]},
+                },
+            ),
             ("architecture 'SPDLlamaTokenizer' is not", {"architectures": ["SPDLlamaTokenizer"]}),
             (
                 "block 1's spd_correction.constant is missing, the plan needs",

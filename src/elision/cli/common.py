@@ -55,7 +55,8 @@ class Commands(TyperGroup):
         except OSError as error:
             if error.errno not in files.OF_THE_DISK:
                 raise
-            typer.echo(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", err=True)
+            done = "opened" if error.errno in files.NO_PLACE else "written"
+            typer.echo(f"error: {error.filename or 'a file'} cannot be {done}: {error.strerror}", err=True)
             raise typer.Exit(2) from None
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which `--help` does not import

@@ -83,6 +83,11 @@ def evaluate(
 
     if text is None and data is None and not tasks:
         raise InputError("nothing to score: give --text, --data or --tasks")
+    for name, value in (("include", include), ("shots", shots)):
+        if value is not None and not tasks:
+            raise InputError(f"--{name} is given without --tasks, which alone uses it: name some, or leave it out")
+    if include is not None and not include.is_dir():
+        raise InputError(f"--include {include} is no directory: give one with lm-evaluation-harness's .yaml files")
     texts = None if text is None else load_texts(text)
     examples = None if data is None else load_examples(data, warn)[:limit]
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,6 +73,9 @@ def generate(
     from elision.loading import load_tokenizer
     from elision.spd.runtimes import tasks
 
+    for text in prompt:
+        if re.search("[\ud800-\udfff]", text):  # how Python holds bytes that are no UTF-8
+            raise InputError(f"--prompt {text!a} is not UTF-8: type it in that")
     config, chosen = _plan(model, plan, ranks, dtype)
     tokenizer = load_tokenizer(model)
     tokenizer.padding_side = "left"

@@ -143,7 +143,7 @@ def _json(path: Path) -> Mapping[str, Any]:
     for part in (text, *text.splitlines()[-1:]):
         try:
             values = json.loads(part)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(values, Mapping):
             return values
