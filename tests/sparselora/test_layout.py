@@ -10,12 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft import LoraConfig
 from safetensors.torch import load_file, load_model, save_model
 
 from elision import blocks
 from elision.sparselora import sparsify
+from elision.sparselora.layout import Matrix
 from tests.sparselora import tiny
-from tests.sparselora.test_fast_apply import turns
+from tests.sparselora.test_fast_apply import run, turns
 
 
 @pytest.fixture
@@ -60,6 +62,19 @@ def test_what_is_written_to_a_weight_is_what_products_are_taken_of() -> None:
         assert handle.paths == {"fast": 2} and not tiny.close(found, first, 1e-3)
     with sparsify(model, plan, path="reference"):
         assert tiny.close(tiny.loss_and_gradients(model, **inputs), found)
+
+
+def test_weights_that_layers_share_are_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layer_replication=[[0, 2], [0, 2]])
+    model, inputs = tiny.peft_model(tiny.base(), config).double().train(), turns()
+    before, plan, laid = tiny.bits(model), tiny.plan(model), []
+    expected = run(model, inputs, "reference", plan)
+    lay_out = Matrix._lay_out
+    monkeypatch.setattr(Matrix, "_lay_out", lambda matrix: laid.append(matrix) or lay_out(matrix))
+    with sparsify(model, plan, path="fast"):
+        for _ in range(2):
+            assert tiny.close(tiny.loss_and_gradients(model, **inputs), expected)
+    assert len(laid) == 8 and tiny.bits(model) == before  # four of each of two layers, in the first step
 
 
 def test_a_checkpoint_of_accelerate_holds_every_weight_and_is_loaded(tmp_path: Path, accelerator: Accelerator) -> None:

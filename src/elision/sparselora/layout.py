@@ -21,6 +21,7 @@ The price: a transposed view is not contiguous, and a dense product through it m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,16 +109,19 @@ class Layout:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Lay out every block that is not, or not any more."""
+        """Lay out every block that is not, or not any more; weights that blocks share (layer_replication) once."""
+        seen: dict[tuple[Any, ...], Matrix] = {}
         for block, weights in zip(self.blocks, self.weights, strict=True):
             inputs = [p for p in (block.gate, block.up) if p is not None]
             groups = ([block.q, block.k, block.v], [block.o], inputs, [block.down])
             for name, group in zip(("qkv", "o", "up", "down"), groups, strict=True):
                 modules = [*dict.fromkeys(projection.base for projection in group)]
-                found = getattr(weights, name)
-                if [id(module.weight) for module in modules] != [id(module.weight) for module in found.modules]:
+                own = [id(module.weight) for module in modules]
+                found: Matrix = seen.get((name, *own)) or getattr(weights, name)
+                if own != [id(module.weight) for module in found.modules]:
                     found = Matrix(modules, transposed=name in ("o", "down"))
-                    setattr(weights, name, found)
+                setattr(weights, name, found)
+                seen[name, *own] = found
                 found.refresh()
 
     @torch.no_grad()
