@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,12 @@ def own_answers(model: Any) -> list[dict[str, Tensor]]:
     return batches
 
 
+def with_choice(plan: SparsityPlan, choice: sweep.Choice) -> SparsityPlan:
+    """`plan` with the sparsities of `choice`."""
+    layers = plan.model.layers
+    return replace(plan, **{part: choice[i * layers : (i + 1) * layers] for i, part in enumerate(PARTS)})
+
+
 def quick(model: Any, batches: Any = None, **settings: Any) -> SparsityPlan:
     given = {"grid": GRID, "selection": "weights", "dense_steps": 0.0, "quiet": True, **settings}
     return calibrate(model, batches or data(), **given)
@@ -63,7 +70,7 @@ def test_the_curves_are_the_losses_of_the_reference(family: str) -> None:
         found = sweep.losses(model, batches, plan, choices, sweep.Journal(None), quiet=True)
     assert tiny.bits(model) == before and model.training
     for choice, value in zip(choices, found, strict=True):
-        with sparsify(model, sweep.with_choice(plan, choice), path="reference"), torch.no_grad():
+        with sparsify(model, with_choice(plan, choice), path="reference"), torch.no_grad():
             assert value == pytest.approx(tiny.loss_of(model, **batches[0]).item(), rel=1e-12)
     by_item = torch.tensor(found[1:]).view(2, 3, len(GRID)) - found[0]
     assert bool((by_item[1, 0] == 0).all())  # nothing reads the last FFN at context tokens
@@ -196,10 +203,14 @@ def test_steps_are_timed_with_the_factors_that_losses_are_measured_with(
 def test_steps_are_timed_on_the_model_itself() -> None:
     model = tiny.lora("llama", dtype=torch.float32)
     before = tiny.bits(model)
+    trained = next(p for p in model.parameters() if p.requires_grad)
+    trained.grad = torch.ones_like(trained)
     found = stopwatch.measure(model, data(), tiny.plan(model, 0.9), turns=2)
     assert list(found) == ["LoRA", "dense + lossless", "sparse + lossless"]
     assert all(seconds > 0 for seconds in found.values())
-    assert tiny.bits(model) == before and all(p.grad is None for p in model.parameters())
+    assert tiny.bits(model) == before
+    assert [p.grad is None or bool((p.grad == 1).all()) for p in model.parameters()] == [True] * len(before)
+    assert trained.grad is not None
 
 
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +238,12 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pyte
     state.write_text('{"version": 1}')
     with pytest.raises(InputError, match=r"state.json was not written by a calibration"):
         quick(model, flops=0.9, state=state)
+    for other in ([[1.0]], None):
+        journal = json.loads(states[-1])
+        journal["losses"][next(iter(journal["losses"]))] = other
+        state.write_text(json.dumps(journal))
+        with pytest.raises(InputError, match=r"state.json has other losses than were measured: delete it"):
+            quick(model, flops=0.9, state=state)
 
 
 def test_the_plan_carries_what_was_measured(tmp_path: Path) -> None:
@@ -274,6 +291,8 @@ def test_bad_input_is_named() -> None:
         ({"flops": 1.5}, r"flops=1.5 is not a share of dense LoRA's"),
         ({"max_loss": -1}, "max_loss=-1 is not an increase"),
         ({"flops": 0.1}, r"flops=0.1 cannot be met: 90% everywhere"),
+        ({"flops": "0.5"}, "flops='0.5' is a str: give a number"),
+        ({"flops": 0.5, "grid": ("a",)}, r"grid \('a',\) does not ascend"),
         ({"flops": 0.5, "grid": (0.9, 0.5)}, r"grid \(0.9, 0.5\) does not ascend"),
         ({"flops": 0.5, "ranks": 3}, "setting 'ranks' is not known"),
         ({"flops": 0.5, "selection": "whitened"}, "needs factors made on data"),
@@ -287,10 +306,33 @@ def test_bad_input_is_named() -> None:
         ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], "batch 0 has no labels"),
         ([{**data(1)[0], "labels": torch.full((2, 11), -100)}], "every label of the data is -100"),
         ([{**data(1)[0], "input_ids": torch.full((2, 11), 999)}], "a token outside the vocabulary of 61"),
+        ([{**data(1)[0], "labels": data(1)[0]["labels"].tolist()}], "batch 0: labels is a list: give a tensor"),
         ([{**data(1)[0], "labels": torch.full((2, 11), 61)}], "a label outside the vocabulary of 61"),
     ):
         with pytest.raises(InputError, match=message):
             calibrate(model, batches, flops=0.5)
+
+
+def test_a_budget_that_nothing_meets_names_none_that_does_not_either() -> None:
+    model, short = tiny.lora("llama"), tiny.batch((1, 1), (9, 9))
+    with pytest.raises(
+        InputError, match=r"still costs 1\.\d+ .* on this data: nothing is to be saved there, give data"
+    ):
+        quick(model, [short], flops=0.8, dense_steps=0.05, selection="oracle")
+
+
+def test_other_fields_of_a_batch_are_not_read() -> None:
+    model = tiny.lora("llama")
+    more = {"text": ["one", "two"], "idx": torch.arange(2), "token_type_ids": torch.zeros(2, 11, dtype=torch.long)}
+    plans = []
+    for batches in (data(2), [{**batch, **more} for batch in data(2)]):
+        factors: Any = Factors.whitened(model, batches)
+        given: Any = {"selection": "whitened", "rehearse": batches, "quiet": True, "factors": factors}
+        plans.append(calibrate(model, batches, flops=0.9, grid=(0.5, 0.9), **given))
+    assert plans[0] == plans[1]
+    quick(model, batches, time=1.0)
+    with pytest.raises(InputError, match="batch 0: labels is a list: give a tensor"):
+        Factors.whitened(model, [{**data(1)[0], "labels": data(1)[0]["labels"].tolist()}])
 
 
 @pytest.mark.parametrize("selection", ["oracle", "whitened"])

@@ -34,6 +34,15 @@ def test_gram_norms_equal_the_product_s(biased: bool) -> None:
         assert not torch.allclose(found, estimator.low_rank_norms(x, b, a, None), rtol=1e-3)
 
 
+def test_a_bias_that_cancels_the_product_leaves_no_nan() -> None:
+    x, b, a = randn(1, 12).expand(50, 12).float(), randn(200, 4).float(), randn(4, 12).float()
+    bias = -(x @ a.T @ b.T)[0]
+    squared = ((b @ (a @ x.T @ x @ a.T)) * b).sum(dim=1) + 2 * bias * (b @ (x @ a.T).sum(dim=0)) + 50 * bias.square()
+    assert bool((squared < 0).any())  # by rounding
+    found = estimator.low_rank_norms(x, b, a, bias)
+    assert bool((found < 1e-2 * (50**0.5 * bias.abs()).max()).all())
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_full_rank_is_the_oracle(biased: bool) -> None:
     x, wg, wu = randn(3000, 10), randn(24, 10), randn(24, 10)  # more than one slice of tokens

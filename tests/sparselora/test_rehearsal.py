@@ -75,6 +75,19 @@ def test_a_plan_is_that_of_the_model_that_has_learned() -> None:
     assert found.measured_increase == pytest.approx(expected.measured_increase, rel=1e-5)
 
 
+def test_gradients_of_the_caller_s_are_left_alone_and_not_learned_from() -> None:
+    model, other = tiny.lora(), tiny.lora()
+    learn(other, lessons(1))
+    waiting = {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in model.named_parameters():
+        p.grad = waiting.get(name)
+    with tiny.InDouble(), rehearsal.rehearsed(model, lessons(1), RATE, quiet=True):
+        for name, expected in adapter(other).items():
+            torch.testing.assert_close(adapter(model)[name], expected, rtol=1e-9, atol=1e-9)
+    for name, p in model.named_parameters():
+        assert p.grad is waiting.get(name) and (p.grad is None or bool((p.grad == 1).all()))
+
+
 def test_a_rerun_recalls_what_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, state = tiny.lora(), tmp_path / "journal"
     settings = {"rehearse": lessons(), "learning_rate": RATE, "state": state}

@@ -108,6 +108,19 @@ def test_packed_segments_are_separate() -> None:
     assert kinds([[X, X, 5, X, 6, X, 7, X, X]], mask=[[1] * 9], positions=positions) == "cldldldee"
 
 
+def test_a_gap_in_the_positions_starts_a_segment() -> None:
+    assert tokens.segments(torch.zeros(1, 5).long(), None, torch.tensor([[0, 1, 2, 7, 8]])).tolist() == [
+        [0, 0, 0, 1, 1]
+    ]
+    assert kinds([[X, X, 5, X, 6]], positions=[[0, 1, 2, 7, 8]]) == "cldld"
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    given = tokens.Given(torch.zeros(1, 4).long(), {"full_attention": None}, None)
+    with pytest.raises(InputError, match=r"attention_mask is a dict: give a tensor \(batch, sequence\)"):
+        _ = given.on_cpu
+
+
 def test_one_row_of_positions_serves_all() -> None:
     assert kinds([[X, 1, X, X, 2], [X, X, X, X, 2]], positions=[[0, 1, 0, 1, 2]]) == "ldcld eecld"
 

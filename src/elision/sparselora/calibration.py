@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def calibrate(
 
     Args:
         model: a transformers causal LM or a PEFT model around one; left as it was.
-        batches: dicts with input_ids and labels (batch, sequence), optionally attention_mask and position_ids.
+        batches: dicts with input_ids and labels (batch, sequence), optionally attention_mask and position_ids; other
+            fields are not read.
         flops: share of dense LoRA's operations that the run may cost, in (0, 1].
         time: share of its time, in (0, 1]; needs a model with an adapter, since steps are timed.
         max_loss: allowed relative increase of the answers' perplexity; 0.01 is one percent. The default budget.
@@ -320,10 +322,11 @@ class _Cost:
         everywhere = (most,) * self.shape.layers
         least = self.share(replace(self.base, ffn=everywhere, qk=everywhere, vo=everywhere))
         if least > limit:
+            reachable = f"give at least {math.ceil(100 * least) / 100:g}, or fewer dense_steps"
             raise InputError(
                 f"{budget}={limit:g} cannot be met: {100 * most:g}% everywhere, with {100 * self.base.dense_steps:g}% "
-                f"dense steps, still costs {least:.3f} of dense LoRA on this data: give at least "
-                f"{math.ceil(100 * least) / 100:g}, or fewer dense_steps"
+                f"dense steps, still costs {least:.3f} of dense LoRA on this data: "
+                + (reachable if least < 1 else "nothing is to be saved there, give data with longer prompts")
             )
 
     def time_steps(self, model: nn.Module, data: Sequence[Batch], factors: Factors | None) -> None:
@@ -368,6 +371,8 @@ def _budget(flops: float | None, time: float | None, max_loss: float | None) -> 
     if len(named) > 1:
         raise InputError(f"{' and '.join(named)} are both given: give one budget")
     name, value = next(iter(named.items()), ("max_loss", 0.01))
+    if not isinstance(value, Real):
+        raise InputError(f"{name}={value!r} is a {type(value).__name__}: give a number")
     if name == "max_loss" and not 0 <= value < math.inf:
         raise InputError(f"max_loss={value} is not an increase of perplexity: give 0.01 for one percent")
     if name != "max_loss" and not 0 < value <= 1:
@@ -376,7 +381,7 @@ def _budget(flops: float | None, time: float | None, max_loss: float | None) -> 
 
 
 def _grid(grid: Sequence[float]) -> tuple[float, ...]:
-    values = tuple(map(float, grid))
+    values = tuple(map(float, grid)) if all(isinstance(sparsity, Real) for sparsity in grid) else ()
     if not values or any(b <= a for a, b in zip((0.0, *values), values, strict=False)) or values[-1] >= 1:
         raise InputError(f"grid {tuple(grid)!r} does not ascend within (0, 1): give sparsities such as 0.5, 0.9")
     return values

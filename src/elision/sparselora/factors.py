@@ -84,7 +84,8 @@ class Factors:
             plan: see there.
 
         Raises:
-            InputError: as `compute`; also a batch without labels, or no context token in any of them.
+            InputError: as `compute`; also a batch without labels or with a list where a tensor belongs, or no context
+                token in any of them.
         """
         view = blocks.decoder(model)
         wanted = {
@@ -206,8 +207,8 @@ def _moments(
         sums[key] = sums[key] + moment if key in sums else moment
 
     with _watched(view, wanted, add):
-        for batch in batches:
-            batch = {name: value for name, value in batch.items() if value is not None}
+        for number, batch in enumerate(batches):
+            batch = tokens.read(batch, f"batch {number}")
             if "labels" not in batch:
                 raise InputError("a batch has no labels, which tell context from output: give batches with labels")
             given = {name: batch[name].cpu() for name in ("attention_mask", "position_ids") if name in batch}

@@ -133,13 +133,14 @@ def workloads(batches: Iterable[Mapping[str, Tensor]], padded: bool = False) -> 
     """Sizes of batches, with everything left out that is lossless to leave out; `padded`: with nothing left out.
 
     Raises:
-        InputError: no batch, one without labels, or none with anything to learn.
+        InputError: no batch, one without labels or with what is no tensor, or none with anything to learn.
     """
     found = []
     for number, batch in enumerate(batches):
-        if batch.get("labels") is None:
+        batch = tokens.read(batch, f"batch {number}")
+        if "labels" not in batch:
             raise InputError(f"batch {number} has no labels, which tell context from output: give batches with labels")
-        given = [None if batch.get(name) is None else batch[name].cpu() for name in ("attention_mask", "position_ids")]
+        given = [batch[name].cpu() if name in batch else None for name in ("attention_mask", "position_ids")]
         labels = batch["labels"].cpu()
         kinds, segment = tokens.classify(labels, *given), tokens.segments(labels, *given)
         if bool(kinds.loss_bearing.any()):

@@ -88,6 +88,8 @@ def _train(
     quiet: bool,
 ) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    gradients = [(p, p.grad) for p in parameters]  # the caller's, not to be learned from here
+    optimizer.zero_grad(set_to_none=True)
     model.train()
     try:
         with torch.random.fork_rng(), lossless(model), progress("Rehearsing", len(batches), quiet) as advance:
@@ -103,7 +105,8 @@ def _train(
                 optimizer.zero_grad(set_to_none=True)
                 advance(1)
     finally:
-        optimizer.zero_grad(set_to_none=True)
+        for p, gradient in gradients:
+            p.grad = gradient
 
 
 def _key(

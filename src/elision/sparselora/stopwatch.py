@@ -55,7 +55,7 @@ def step_seconds(
     """Median seconds of forward and backward of `model` under each plan (None: as it is), over turns and batches.
 
     Under autocast where 4-bit maps compute in a lower precision than the rest, as they are trained. The model is left
-    as it was; gradients are dropped. `advance` is called with 1 after each plan's turn.
+    as it was, its gradients too. `advance` is called with 1 after each plan's turn.
 
     Raises:
         InputError: what `sparsify` refuses.
@@ -63,6 +63,8 @@ def step_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in plans}
     lower = autocast_dtype(blocks.decoder(model))
     modes = [(module, module.training) for module in model.modules()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
     model.train()
     try:
         for turn in range(turns):
@@ -75,7 +77,8 @@ def step_seconds(
     finally:
         for module, mode in modes:
             module.training = mode
-        model.zero_grad(set_to_none=True)
+        for p, gradient in gradients:
+            p.grad = gradient
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 

@@ -80,12 +80,6 @@ def singles(plan: SparsityPlan, grid: Sequence[float]) -> list[Choice]:
     return found
 
 
-def with_choice(plan: SparsityPlan, choice: Choice) -> SparsityPlan:
-    """`plan` with the sparsities of `choice`."""
-    layers = plan.model.layers
-    return replace(plan, **{part: choice[i * layers : (i + 1) * layers] for i, part in enumerate(PARTS)})
-
-
 def losses(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -110,10 +104,12 @@ def losses(
         title: what the bar says.
 
     Raises:
-        InputError: a loss that is not finite.
+        InputError: a loss that is not finite, or a journal that was changed by hand.
     """
     view = blocks.decoder(model)
     rows = journal.rows.setdefault(_key(view, model, batches, plan, choices, factors), [])
+    if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != len(choices) for row in rows):
+        raise InputError(f"state file {journal.path} has other losses than were measured: delete it and measure anew")
     layers = plan.model.layers
     work = sum(len(_prefixes(choices, layers, block + 1)) for block in range(layers)) + len(choices)
     with evaluating(model), progress(title, work * len(batches), quiet) as advance:
@@ -264,11 +260,11 @@ def weights_of(view: blocks.Decoder, model: nn.Module) -> str:
 
 
 def check(batches: Any, config: PretrainedConfig) -> list[Batch]:
-    """The batches as a list, to be gone through more than once, without what is None in them.
+    """The batches as a list, to be gone through more than once, with what is read of them alone.
 
     Raises:
-        InputError: there are none, one lacks input_ids or labels of its shape, has tokens or labels outside the
-            vocabulary or beyond the model's positions, or there is nothing to learn.
+        InputError: there are none, one lacks input_ids or labels of its shape, has a list where a tensor belongs, or
+            tokens or labels outside the vocabulary or beyond the model's positions, or there is nothing to learn.
     """
     checked = [_checked(batch, number, config) for number, batch in enumerate(batches)]
     if not checked:
@@ -279,9 +275,9 @@ def check(batches: Any, config: PretrainedConfig) -> list[Batch]:
 
 
 def _checked(batch: Any, number: int, config: PretrainedConfig) -> Batch:
-    given = {name: value for name, value in batch.items() if value is not None} if isinstance(batch, Mapping) else {}
+    given = tokens.read(batch, f"batch {number}") if isinstance(batch, Mapping) else {}
     ids = given.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+    if ids is None or ids.ndim != 2 or ids.is_floating_point():
         raise InputError(f"batch {number} has no input_ids (batch, sequence) of token numbers: tokenize the data")
     if "labels" not in given:
         raise InputError(f"batch {number} has no labels, which tell context from output: give batches with labels")

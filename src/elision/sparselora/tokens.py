@@ -23,9 +23,10 @@ before one, is dense and not padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from torch import Tensor
 from elision.errors import InputError
 from elision.shapes import Bool, Int
 
+READ = ("input_ids", "attention_mask", "position_ids", "labels")  # of a batch of data; other fields are not
 IGNORED = -100  # the label that carries no target (torch's and transformers' ignore_index)
 
 
@@ -56,15 +58,39 @@ class TokenKinds:
         return ~(self.context | self.dense)
 
 
+def read(batch: Mapping[str, Any], what: str) -> dict[str, Tensor]:
+    """The fields of READ that a batch has, less those that are None.
+
+    Raises:
+        InputError: one is no tensor; names it and `what` the batch is.
+    """
+    found = {name: batch[name] for name in READ if name in batch and batch[name] is not None}
+    for name, value in found.items():
+        _check_tensor(f"{what}: {name}", value)
+    return found
+
+
+def _check_tensor(what: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise InputError(f"{what} is a {type(value).__name__}: give a tensor (batch, sequence)")
+
+
 class Given:
     """What of a call tells its tokens apart, brought to the CPU when it is first asked for, by one transfer."""
 
-    def __init__(self, labels: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+    def __init__(self, labels: Any, attention_mask: Any, position_ids: Any) -> None:
         self._tensors = (labels, attention_mask, position_ids)
 
     @cached_property
     def on_cpu(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Labels, mask and position ids."""
+        """Labels, mask and position ids.
+
+        Raises:
+            InputError: one is no tensor, a dict of masks made before the call, say.
+        """
+        for name, value in zip(("labels", "attention_mask", "position_ids"), self._tensors, strict=True):
+            if value is not None:
+                _check_tensor(name, value)
         labels, mask, positions = _fetched(self._tensors)
         assert labels is not None
         return labels, mask, positions
