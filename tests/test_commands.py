@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from elision import evaluate, reference_model, runs
+from elision import evaluate, files, reference_model, runs
 from elision.cli import app
-from elision.data import text_batches
+from elision.data import load_examples, text_batches
 from elision.errors import InputError
 from elision.families import load_config
 from elision.loading import load_model, load_tokenizer
@@ -221,6 +221,10 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
     if kind in WITHOUT:
         options, words = WITHOUT[kind]
         return [*calibrate, "--ranks", 2, "--text", text, *options, "--dry-run"], words
+    if kind in UNSCORED:
+        return [*score, *UNSCORED[kind][0]], UNSCORED[kind][1]
+    if kind == "a prompt that is no UTF-8":
+        return ["spd", "generate", "reference", "--ranks", 1, "--prompt", "a\udcff"], r"--prompt 'a\udcff' is not UTF-8"
     if kind == "recovered":
         return [*calibrate, "--ranks", 2, "--text", text, "--recovered", "b2b"], "'b2b' is no treatment with a share"
     if kind == "truncated weights":
@@ -369,7 +373,13 @@ RECIPES: dict[str, tuple[list[object], str]] = {  # every option of a recipe, ea
 WITHOUT: dict[str, tuple[list[object], str]] = {  # options that would be ignored
     "tokens of a step without a link": (["--step-tokens", 8], "step-tokens is given without a link"),
     "what was recovered and nothing to heal": (["--recovered", "b2b=0.7"], "without --healing or --tiers"),
+    "a name too long for what stands beside it": (["--out", "n" * 240], "cannot be written (nnn"),
     "treatments without a link": (["--treatments", "int8"], "treatments int8 are given without a workload"),
+}
+UNSCORED: dict[str, tuple[list[object], str]] = {
+    "task files without a task": (["--include", "none"], "--include is given without --tasks"),
+    "shots without a task": (["--shots", 2], "--shots is given without --tasks"),
+    "no task files": (["--tasks", "elision_boolq", "--include", "none"], "--include none is no directory"),
 }
 KINDS = (
     "missing text, empty text, too little text, ranks, limit, two limits, tiers, no probe, half a link, "
@@ -377,7 +387,7 @@ KINDS = (
     "broken plan, no adapter, sparsity, plan and sparsity, missing plan, sparsity plan of another model, no answers, "
     "every label -100, unknown family, recovered, plan of the other method, sparsity plan to serve, no place, "
     "no place for the run, a page into a file, no epochs, a finished adapter, a broken line, a chat, turns of a chat, "
-    "a baseline of another tokenizer, a baseline of another vocabulary"
+    "a prompt that is no UTF-8, a baseline of another tokenizer, a baseline of another vocabulary"
 ).split(", ")
 UNMET = {
     "two budgets to try": (["--flops", 0.6, "--time", 0.5], "one budget"),
@@ -398,7 +408,7 @@ UNKNOWN_IT = " outside the vocabulary"
 UNKNOWN = [f"{what}{UNKNOWN_IT}" for what in ("problems", "timed problems", "problems to plan on", "a prompt")]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *WITHOUT, *UNMET, *ADAPTERS, *BEYOND, *UNKNOWN, *RECIPES])
+@pytest.mark.parametrize("kind", [*KINDS, *WITHOUT, *UNSCORED, *UNMET, *ADAPTERS, *BEYOND, *UNKNOWN, *RECIPES])
 def test_bad_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path, text: Path) -> None:
     arguments, message = bad(kind, tmp_path, text)
     before = sorted(tmp_path.rglob("*"))
@@ -407,6 +417,27 @@ def test_bad_input_is_one_line_and_leaves_nothing(kind: str, tmp_path: Path, tex
     (line,) = [line for line in error.splitlines() if line.strip()]
     assert line.startswith("error: ") and message in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "words", ["inspect NAME", "report NAME", "spd heal reference --plan NAME --text NAME --out NAME"]
+)
+def test_a_name_that_no_disk_takes_ends_in_one_line(words: str) -> None:
+    code, said, error = run(*words.replace("NAME", "n" * 300).split())
+    assert code == 2 and said == "" and error.count("\n") == 1 and "File name too long" in error
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, "[" * 20_000])
+def test_numbers_and_depths_that_python_does_not_read_are_refused(text: str, tmp_path: Path) -> None:
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text(text)
+    reading = (["spd", "generate", "reference", "--prompt", "a", "--plan"], ["eval", "reference", "--data"])
+    for words in (*reading, ["report"]):
+        code, said, error = run(*words, torn)
+        assert code == 2 and said == "" and error.count("\n") == 1 and "torn.jsonl" in error
+    assert files.whole_lines(torn) == []
+    with pytest.raises(InputError, match=r"torn\.json is not JSON \("):
+        load_examples(torn.rename(tmp_path / "torn.json"))
 
 
 def test_a_full_disk_ends_in_one_line(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,18 @@ def test_divergence_by_hand(model: Any) -> None:
     assert apart.kl.low < apart.kl.value < apart.kl.high
 
 
+def test_shares_and_distances_have_no_interval_beyond_what_they_can_be(model: Any) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(iter(other.parameters()))[7] += 4  # one token's embedding, so that rows differ in how far they are off
+    ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 7, 7]])
+    apart = evaluate.divergence(other, model, [{"input_ids": ids}])
+    assert 0 == apart.kl.low < apart.kl.value < apart.kl.high
+    assert 0 < apart.agreement.value < apart.agreement.high == 1
+    (one,) = {math.isnan(each.low) for each in evaluate.divergence(other, model, [{"input_ids": ids[1:]}])}
+    assert one
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     draw = random.Random(0)
     inside = 0

@@ -83,10 +83,7 @@ def load_examples(path: str | Path, say: Callable[[str], object] = lambda _: Non
         for number, line in enumerate(text.split("\n"), 1):  # JSON's strings may hold what else counts as an end
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # the latter, and plain ValueErrors: too deep, too many digits
+            except (ValueError, RecursionError) as error:  # too many digits and too deep are no JSONDecodeError
                 wrong = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise InputError(f"data {path}, line {number} is not JSON ({wrong}): {remedy}") from None
     else:

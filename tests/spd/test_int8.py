@@ -29,6 +29,14 @@ def test_a_number_is_within_half_a_scale_of_what_it_becomes():
     assert torch.equal(int8.dequantise(*int8.quantise(-x)), -int8.dequantise(values, scale))
 
 
+def test_what_is_next_to_nothing_does_not_change_its_sign():
+    tiny_ones = (
+        torch.tensor([[190.0, -190.0, 3.0]]) * 2.0**-149
+    )  # a scale of 1.5 steps of fp32 is rounded to one of them
+    values, scale = int8.quantise(tiny_ones)
+    assert values.tolist() == [[127, -127, 3]] and scale.item() == 2.0**-149
+
+
 def test_zeros_stay_zero_and_alone_in_their_token():
     x = torch.randn(3, 8)
     x[1] = 0
