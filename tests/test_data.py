@@ -63,6 +63,21 @@ def test_a_batch_without_a_label_is_refused() -> None:
         data.collate([{"input_ids": [3], "labels": [3]}], 0, "top")
 
 
+def test_a_field_that_is_null_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": "2+2?", "completion": None, "answer": "4"},
+        {"prompt": None, "instruction": "2+2?", "input": float("nan"), "output": "4"},
+        {"system": None, "question": "2+2?", "answer": 4.0},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert data.load_examples(path) == [data.Example("2+2?", answer) for answer in ("4", "4", "4.0")]
+    for row in ({"prompt": "x", "answer": float("nan")}, {"prompt": "x", "answer": None}):
+        path.write_text(json.dumps(row))
+        with pytest.raises(InputError, match=r"row 1 has no answer \(.*\): its fields are prompt, answer \(empty\)$"):
+            data.load_examples(path)
+
+
 def test_text_is_cut_into_rows_end_to_end(tokenizer: PreTrainedTokenizerFast) -> None:
     batches = data.text_batches(tokenizer, ["abcde", "fgh"], length=3, rows=2)
     ids = torch.cat([batch["input_ids"] for batch in batches]).flatten().tolist()

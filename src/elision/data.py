@@ -8,6 +8,7 @@ model shifts them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,7 +59,7 @@ def load_examples(path: str | Path, say: Callable[[str], object] = lambda _: Non
 
     Prompts stand under "prompt", "question", "instruction" (with "input") or "original_text"; "system", "context" and
     "passage" of a row go before it, a line break between each two. Answers stand under "completion", "response",
-    "output", "solution", "answer" or "ans".
+    "output", "solution", "answer" or "ans". A field that is null is not there.
 
     Args:
         path: the file.
@@ -108,22 +109,29 @@ def load_examples(path: str | Path, say: Callable[[str], object] = lambda _: Non
 
 def _fields(row: Mapping[str, object]) -> tuple[list[str], str | None]:
     """The names of a row's prompt fields, in the order in which they are joined, and of its answer."""
-    names = next((names for names in _PROMPTS if names[0] in row), ())
-    answer = next((name for name in _ANSWERS if name in row), None)
-    return [name for name in (*_CONTEXT, *names) if names and name in row], answer
+    there = {name for name, value in row.items() if not _missing(value)}
+    names = next((names for names in _PROMPTS if names[0] in there), ())
+    answer = next((name for name in _ANSWERS if name in there), None)
+    return [name for name in (*_CONTEXT, *names) if names and name in there], answer
+
+
+def _missing(value: object) -> bool:
+    """Whether a table has nothing in this column: null, or the NaN that some writers put there."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _example(row: object, where: str) -> Example:
     if not isinstance(row, dict):
         raise InputError(f"{where} is not an object: give one with a prompt and an answer")
     names, answers = _fields(row)
-    answer = None if answers is None else row[answers]
-    if not names or answer is None:
+    if not names or answers is None:
         missing = (
             f"answer ({', '.join(_ANSWERS)})" if names else f"prompt ({', '.join(names[0] for names in _PROMPTS)})"
         )
         turns = ": turns of a chat are not read, write each as a prompt and an answer" if "messages" in row else ""
-        raise InputError(f"{where} has no {missing}: its fields are {', '.join(map(str, row)) or 'none'}{turns}")
+        fields = ", ".join(f"{name} (empty)" if _missing(value) else name for name, value in row.items())
+        raise InputError(f"{where} has no {missing}: its fields are {fields or 'none'}{turns}")
+    answer = row[answers]
     if any(isinstance(part, list | dict) for part in (answer, *(row[name] for name in names))):
         raise InputError(f"{where} holds a list or an object, not text: write each turn of a chat as prompt and answer")
     prompt = "\n".join(str(row[name]) for name in names if row[name])
