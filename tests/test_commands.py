@@ -358,7 +358,7 @@ def bad(kind: str, folder: Path, text: Path) -> tuple[list[object], str]:
 RECIPES: dict[str, tuple[list[object], str]] = {  # every option of a recipe, each with a value that it cannot have
     "epochs": (["--epochs", 0], "epochs 0 is not a whole number of at least 1"),
     "rate": (["--lr", 0], "lr 0.0 is not a learning rate"),
-    "judging": (["--judging", 1], "held_out 1.0 is not a share of the batches"),
+    "judging": (["--judging", 1], "held_out 1.0 is not a share of the batches (--judging)"),
     "correction": (["--correction", "much"], "correction 'much' is not known: use one of constant, gain, local_o"),
     "lora": (["--lora", -1], "lora -1 is not a whole number"),
     "polish": (["--polish", -1], "polish -1 is not a whole number"),

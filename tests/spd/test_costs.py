@@ -41,9 +41,14 @@ def test_the_fit_finds_what_made_the_times():
     assert noisy.alpha == pytest.approx(LINK.alpha, rel=0.15) and noisy.beta == pytest.approx(LINK.beta, rel=0.15)
 
 
-@pytest.mark.parametrize(("seconds", "none"), [([1.0, 1e3], "alpha"), ([2.0, 1.0], "beta")])
-def test_neither_part_of_a_fit_is_negative(seconds, none):
-    assert getattr(Link.fit(2, [1.0, 100.0], seconds), none) == 0.0
+@pytest.mark.parametrize(
+    ("seconds", "none", "other", "best"),
+    # The one part left, fitted alone: with w_i = x_i / t_i (or 1 / t_i), sum(w) / sum(w^2).
+    [([1.0, 1e3], "alpha", "beta", (1 + 0.1) / (1 + 0.01)), ([2.0, 1.0], "beta", "alpha", (0.5 + 1) / (0.25 + 1))],
+)
+def test_neither_part_of_a_fit_is_negative(seconds, none, other, best):
+    found = Link.fit(2, [1.0, 100.0], seconds)
+    assert getattr(found, none) == 0.0 and getattr(found, other) == pytest.approx(best, rel=1e-12)
 
 
 def test_what_each_treatment_leaves_of_a_block():

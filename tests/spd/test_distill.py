@@ -20,6 +20,7 @@ from elision.blocks import decoder
 from elision.spd import (
     Recipe,
     SyncPlan,
+    Verified,
     calibrate,
     carry_out,
     correct,
@@ -29,6 +30,7 @@ from elision.spd import (
     simulate,
     student,
     uncorrect,
+    ungroup,
 )
 from elision.spd.activations import sources
 from tests.spd.tiny import bits, left_padded, tiny, token_ids
@@ -317,6 +319,25 @@ def test_bad_input_changes_nothing(match, arguments):
     with pytest.raises(InputError, match=match) as caught:
         heal(model, **{"plan": PLAN, "batches": DATA, "quiet": True, **arguments})
     assert "\n" not in str(caught.value) and bits(model) == state
+
+
+def test_without_gradients_it_learns_all_the_same():
+    model, other, recipe = tiny("llama"), tiny("llama"), Recipe(epochs=1, polish=1)
+    with torch.no_grad():
+        heal(model, PLAN, DATA[:3], recipe=recipe, quiet=True)
+        assert not torch.is_grad_enabled()
+    heal(other, PLAN, DATA[:3], recipe=recipe, quiet=True)
+    assert bits(model) == bits(other) != bits(tiny("llama"))
+
+
+def test_what_was_measured_before_a_treatment_is_not_said_of_it():
+    measured = replace(PLAN, verified=Verified("0", 9, 2.0, 4.0, 3.0, 0.1, 0.5))
+    corrected = correct(tiny("llama"), measured, DATA[:2], quiet=True)
+    regrouped = regroup(tiny("llama"), measured, DATA[:2], quiet=True)
+    assert heal(tiny("llama"), measured, DATA[:2], recipe=Recipe(epochs=1), quiet=True).plan.verified is None
+    for (model, plan), undo in ((corrected, uncorrect), (regrouped, ungroup)):
+        assert plan.verified is None
+        assert undo(model, replace(plan, verified=measured.verified)) == PLAN
 
 
 class TestAHealedModelIsNoOriginal:

@@ -229,7 +229,7 @@ def test_a_rank_that_torchrun_started_alone_has_nothing_to_probe(monkeypatch):
     [
         (["generate", "reference", "--prompt", "x"], "reference carries no plan: give --plan FILE, or --ranks N"),
         (["bench", "reference", "--ranks", "3"], "ranks=3 cannot share this model"),
-        (["bench", "reference", "--ranks", "1"], "the plan is for 1 rank, which has no syncs to time"),
+        (["bench", "reference", "--ranks", "1"], "1 rank has no syncs to time: give --ranks 2 or more"),
         (["generate", "reference", "--ranks", "2", "--prompt", ""], "--prompt '' holds no token: give text"),
         (["generate", "reference", "--ranks", "2", "--prompt", "x", "--prompt", ""], "--prompt '' holds no token"),
         (["bench", "nowhere", "--ranks", "2"], "model 'nowhere' is not a directory"),

@@ -226,6 +226,7 @@ class TestRefusals:
             ("batch 0 has no input_ids", [{"labels": token_ids()}]),
             ("batch 0 has no input_ids", ["text"]),
             ("batch 1 has no input_ids", [{"input_ids": token_ids()}, {"input_ids": token_ids().float()}]),
+            ("batch 0: position_ids has shape", [{"input_ids": token_ids(), "position_ids": torch.arange(8)[None]}]),
             ("batch 0: labels has shape", [{"input_ids": token_ids(), "labels": token_ids()[:, 1:]}]),
             (f"input_ids has token {VOCABULARY}", [{"input_ids": token_ids() * 0 + VOCABULARY}]),
             ("labels has token -1", [{"input_ids": token_ids(), "labels": token_ids() * 0 - 1}]),

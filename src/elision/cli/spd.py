@@ -137,7 +137,8 @@ def bench(
     check_positions(config, prompt_tokens[0] + new_tokens, "a prompt of --prompt-tokens with its --new-tokens")
     check_positions(config, max(prompt_tokens), "a prompt of --prompt-tokens")
     if chosen.ranks < 2:
-        raise InputError("the plan is for 1 rank, which has no syncs to time: give a plan for two or more, or --ranks")
+        other = "--ranks 2 or more" if ranks else "a plan for two or more"
+        raise InputError(f"1 rank has no syncs to time: give {other}")
     work = [Workload(rows, prompt_tokens[0], new_tokens) for rows in batch] + [Workload(1, n) for n in prompt_tokens]
     with run_directory(ctx, run) as kept:
         rows = _launch(chosen.ranks, tasks.bench, model, chosen, work, turns, dtype, timeout)

@@ -74,7 +74,9 @@ class Recipe:
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} {value!r} is not a learning rate: give a positive number such as 0.001")
         if not 0 < self.held_out < 1:
-            raise InputError(f"held_out {self.held_out!r} is not a share of the batches: give a number such as 0.1")
+            raise InputError(
+                f"held_out {self.held_out!r} is not a share of the batches (--judging): give one such as 0.1"
+            )
         if self.correction not in (None, *CORRECTIONS):
             raise InputError(f"correction {self.correction!r} is not known: use one of {', '.join(CORRECTIONS)}")
 
@@ -128,7 +130,7 @@ def heal(
         raise InputError(f"plan has healed blocks {list(plan.healed)} already: heal the original model")
     check_weights(view, plan)
     chosen, fitted = _treatments(plan, blocks, recipe)
-    healed = replace(plan, healed=chosen, corrections={**plan.corrections, **fitted}, healing={})
+    healed = replace(plan, healed=chosen, corrections={**plan.corrections, **fitted}, healing={}, verified=None)
     check_visited(view)
     corrections = {i: correction_of(view.blocks[i], plan.ranks, kind) for i, kind in plan.corrections.items()}
     checked = check_batches(batches, view.config)
@@ -201,7 +203,7 @@ def check_enough(checked: Sequence[Batch], chosen: Sequence[int], recipe: Recipe
     if chosen and cut(recipe.held_out, len(checked)) < 1:
         raise InputError(
             f"held_out {recipe.held_out} of {len(checked)} batches leaves none to train on: give more batches or a "
-            "smaller share"
+            "smaller share (--judging)"
         )
 
 

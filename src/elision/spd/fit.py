@@ -68,7 +68,7 @@ def correct(
     plan.check(facts(view))
     check_weights(view, plan)
     chosen = dict.fromkeys(plan.dropped if blocks is None else blocks, kind)
-    corrected = replace(plan, corrections={**plan.corrections, **chosen})
+    corrected = replace(plan, corrections={**plan.corrections, **chosen}, verified=None)
     _check_not_beside(view, chosen)
     for block in view.blocks:
         check_plain(block)
@@ -101,7 +101,7 @@ def uncorrect(model: nn.Module, plan: SyncPlan) -> SyncPlan:
     _check_not_beside(view, range(len(view.blocks)))
     for block in view.blocks:
         detach(block)
-    return replace(plan, corrections={})
+    return replace(plan, corrections={}, verified=None)
 
 
 def _check_not_beside(view: Decoder, blocks: Iterable[int]) -> None:

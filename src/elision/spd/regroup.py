@@ -63,7 +63,7 @@ def regroup(
     for block in view.blocks:
         check_plain(block)
     orders = grouped(view, plan, check_batches(batches, view.config), chosen, quiet)
-    regrouped = replace(plan, heads={**plan.heads, **orders})
+    regrouped = replace(plan, heads={**plan.heads, **orders}, verified=None)
     carry(view, regrouped)  # before any head moves: a run cut short leaves no model that passes for the original
     for index, order in orders.items():
         permute(view.blocks[index], order)
@@ -126,7 +126,7 @@ def ungroup(model: nn.Module, plan: SyncPlan) -> SyncPlan:
         raise InputError(f"block {treated[0]} was treated with its heads regrouped: load the original model instead")
     for index, order in plan.heads.items():
         permute(view.blocks[index], inverse(order))
-    original = replace(plan, heads={})
+    original = replace(plan, heads={}, verified=None)
     carry(view, original)
     return original
 

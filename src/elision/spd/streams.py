@@ -291,6 +291,11 @@ def check_batches(batches: Iterable[Batch], config: PretrainedConfig) -> list[Ba
             if name in batch and batch[name].shape != ids.shape:
                 shapes = f"{tuple(batch[name].shape)}, input_ids {tuple(ids.shape)}"
                 raise InputError(f"batch {index}: {name} has shape {shapes}: give them the same shape")
+        if (places := batch.get("position_ids")) is not None and places.shape not in (ids.shape, (1, ids.shape[1])):
+            shapes = f"{tuple(places.shape)}, input_ids {tuple(ids.shape)}"
+            raise InputError(
+                f"batch {index}: position_ids has shape {shapes}: give each token its place, or leave it out"
+            )
         check_length(config, batch, f"batch {index}")
         labels, vocabulary = batch.get("labels", ids), config.vocab_size
         for name, tokens in (("input_ids", ids), ("labels", labels[labels != IGNORED])):

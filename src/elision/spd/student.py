@@ -65,6 +65,7 @@ class Student:
 def training(students: Iterable[Student]) -> Iterator[None]:
     """Inside, what the students train wants gradients and their layers are float32 at least; afterwards all is back."""
     with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())  # whatever the caller computes under
         for student in students:
             layer = student.block.layer
             flags = {parameter: parameter.requires_grad for parameter in layer.parameters()}
