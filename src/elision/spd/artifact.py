@@ -7,7 +7,7 @@ that says three more things:
     architectures   SPD<Original>ForCausalLM: a serving engine that does not know our runtime refuses the name
     model_type      the family's own where the weights are those of the original (a zero-shot plan), so that plain
                     from_pretrained gives the original model; spd_<family> where blocks were healed or corrected,
-                    because their weights are wrong without the plan: plain from_pretrained refuses that name
+                    because their weights are wrong without the plan: transformers' Auto classes refuse that name
 
 `read` gives model and plan back bit for bit, `load` applies the plan too. A directory is written under a temporary
 name and then renamed: there is a whole checkpoint at the path, or whatever was there before. Only a kill between two
@@ -20,12 +20,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,17 +38,21 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from elision import files
 from elision.blocks import Decoder, decoder
 from elision.errors import InputError
-from elision.families import TREATED, load_config
+from elision.families import TREATED, WEIGHTS, load_config, model_path
 from elision.loading import load_whole
 from elision.spd.card import card
 from elision.spd.corrections import NAME, attach, correction_of, fill
 from elision.spd.lowrank import NAME as LOWRANK
 from elision.spd.plan import SyncPlan
 from elision.spd.serving import in_words, served_by
-from elision.spd.simulate import Simulation, check_carried, covered, facts, made_for, simulate
+from elision.spd.simulate import Simulation, check_carried, covered, facts, guard, made_for, simulate
 from elision.streaming import is_streamed, places, resident
 
 PREFIX = "SPD"  # of the architecture's name
+WRITTEN = (  # what a checkpoint of ours consists of, tokenizers' files too
+    "README.md config.json generation_config.json model*.safetensors model.safetensors.index.json tokenizer*.json "
+    "special_tokens_map.json added_tokens.json vocab.* merges.txt *.model chat_template.* additional_chat_templates"
+).split()
 
 
 class Treated(NamedTuple):
@@ -96,13 +104,10 @@ def save(
             raise InputError(f"{name} carries an adapter: merge it first, with model.merge_and_unload()")
     for index, kind in plan.corrections.items():
         correction_of(view.blocks[index], plan.ranks, kind)
-    _recover(Path(path).resolve())
     check_replaceable(path)
     place = Path(path).resolve()  # a link stays, what it leads to is written
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
-    try:
+    with _alone(place) as temporary:
+        _recover(place)
         with files.disk_errors(place):
             _write(view.model, plan, temporary)
             if tokenizer is not None:
@@ -110,9 +115,44 @@ def save(
         told = {"Served by": in_words(served_by(facts(view), plan)), **(results or {})}
         files.write_text(temporary / "README.md", card(plan, type(view.model).__name__, command, told))
         _move(temporary, place)
+    return Path(path)
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[Path]:
+    """An empty directory beside `place` for one save at a time, gone in the end; a killed save's is taken over.
+
+    Raises:
+        InputError: another save is writing `place`.
+    """
+    temporary = place.with_name(f".{place.name}.partial")
+    temporary.mkdir(parents=True, exist_ok=True)
+    lock = _locked(temporary, place)
+    try:
+        for left in temporary.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Path(path)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(temporary: Path, place: Path) -> int | None:
+    """A lock on a directory until it is closed, which its process' end does too; None where the system has none."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise InputError(f"{place} is being written by another save: wait for it, or give another place") from None
+    except OSError:  # some file systems of a network have no locks
+        pass
+    return lock
 
 
 def check_replaceable(path: str | Path) -> None:
@@ -125,8 +165,18 @@ def check_replaceable(path: str | Path) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     config = path / "config.json"
-    if not config.is_file() or "spd_plan" not in files.read_json(config, "model config"):
-        raise InputError(f"{path} exists and is not a checkpoint with a plan: give a new directory")
+    values = files.read_json(config, "model config") if config.is_file() else None
+    names = values.get("architectures") if isinstance(values, dict) and "spd_plan" in values else None
+    if not names or not str(names[0]).startswith(PREFIX):  # a fine-tuned copy of ours has the plan, under its own name
+        raise InputError(
+            f"{path} exists and is not a checkpoint with a plan that elision.spd.save wrote: give a new directory"
+        )
+    for entry in sorted(path.iterdir()):
+        if not any(fnmatch(entry.name, pattern) for pattern in WRITTEN):
+            raise InputError(
+                f"{path} holds {entry.name}, which elision.spd.save did not write and would delete: move it away, or "
+                "give a new directory"
+            )
 
 
 def _write(model: PreTrainedModel, plan: SyncPlan, directory: Path) -> None:
@@ -143,8 +193,8 @@ def _write(model: PreTrainedModel, plan: SyncPlan, directory: Path) -> None:
     try:
         if generation is not None:
             model.generation_config = GenerationConfig()
-        model.save_pretrained(
-            directory, state_dict={name: tensor for name, tensor in state.items() if not tensor.is_meta}
+        type(model).save_pretrained(  # a healed model's own refuses
+            model, directory, state_dict={name: tensor for name, tensor in state.items() if not tensor.is_meta}
         )
     finally:
         for name, value in before.items():
@@ -232,26 +282,33 @@ def _recover(path: Path) -> None:
 
 
 def read_plan(path: str | Path) -> SyncPlan:
-    """The plan in a checkpoint's config.json.
+    """The plan in the config.json of a checkpoint: a directory, "~" spelt out, or a Hugging Face id.
 
     Raises:
         InputError: there is no checkpoint, or its config carries no plan.
     """
-    whole = Path(path).resolve()
+    place = Path(model_path(path))
+    whole = place.resolve()
     if not whole.exists() and _replaced(whole).is_dir():  # not moved back here: a save may be running
         raise InputError(f"{path} was moved to {_replaced(whole)} by a save that was killed or still runs: save again")
-    place = Path(path) / "config.json"
-    values = files.read_json(place, "model config")
+    place = place / "config.json"
+    values = load_config(path).to_dict() if _is_id(path) else files.read_json(place, "model config")
     if not isinstance(values, dict) or "spd_plan" not in values:
         raise InputError(f"{place} carries no spd_plan: give a directory that elision.spd.save wrote")
     return SyncPlan.from_dict(values["spd_plan"], f"spd_plan in {place}")
+
+
+def _is_id(path: str | Path) -> bool:
+    """Whether `path` can only be a Hugging Face id: it looks like one, and no directory has that name."""
+    name = model_path(path)
+    return isinstance(path, str) and name.count("/") == 1 and name[0] not in "./" and not Path(name).exists()
 
 
 def read(path: str | Path, *, dtype: torch.dtype | None = None) -> Treated:
     """Model and plan of a checkpoint directory, the plan not applied.
 
     Args:
-        path: what `save` wrote.
+        path: what `save` wrote, or a Hugging Face id of it.
         dtype: of the weights; the saved one by default, which gives them back bit for bit.
 
     Raises:
@@ -262,16 +319,19 @@ def read(path: str | Path, *, dtype: torch.dtype | None = None) -> Treated:
     config = load_config(path)
     name = next(iter(config.architectures or ()), "")
     kind: Any = getattr(transformers, name.removeprefix(PREFIX), None)
-    if not name.startswith(PREFIX) or not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+    ours = name.startswith(PREFIX) or plan.original_weights  # fine-tuned, these have their own name again
+    if not ours or not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
         raise InputError(f"{path}: architecture {name!r} is not one of ours: give a directory that save wrote")
     config.architectures = [kind.__name__]
     # A subclass for the time of loading, because only a class can say which tensors of a checkpoint are not its own.
     loader: Any = type(kind.__name__, (kind,), {"_keys_to_ignore_on_load_unexpected": [rf"\.{NAME}\."]})
-    model = load_whole(loader, str(path), str(path), config=config, dtype="auto" if dtype is None else dtype)
+    directory = Path(snapshot_download(str(path), **WEIGHTS) if _is_id(path) else model_path(path))
+    model = load_whole(loader, directory, str(path), config=config, dtype="auto" if dtype is None else dtype)
     model.__class__ = kind
     view = covered(model, plan.ranks)
+    guard(view)
     plan.check(facts(view))
-    tensors = _correction_tensors(Path(path))
+    tensors = _correction_tensors(directory)
     for index, wanted in plan.corrections.items():
         fill(attach(view.blocks[index], wanted, plan.ranks), tensors.get(index, {}), f"{path}: block {index}'s {NAME}")
     return Treated(model, plan)

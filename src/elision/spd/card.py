@@ -51,7 +51,7 @@ def card(plan: SyncPlan, architecture: str, command: str | None, results: Mappin
         "The weights are those of the original model: plain `from_pretrained` gives that model, every sync in place."
         if plan.original_weights
         else "The weights belong to this plan and this number of ranks. Without the plan they give wrong results, so "
-        "plain `from_pretrained` refuses the checkpoint."
+        "transformers' Auto classes, and serving engines without elision, refuse the checkpoint."
     )
     return f"""---
 library_name: elision

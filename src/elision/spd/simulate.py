@@ -134,6 +134,23 @@ def carry(view: Decoder, plan: SyncPlan) -> None:
         view.model.config.spd_plan = plan.to_dict()
     else:
         vars(view.model.config).pop("spd_plan", None)
+    guard(view)
+
+
+def guard(view: Decoder) -> None:
+    """Let no save but ours write weights that only their plan makes whole: transformers' names no plan's class."""
+    model: Any = view.model
+    if made_for(view) is None:
+        vars(model).pop("save_pretrained", None)
+    else:
+        model.save_pretrained = _refuse_to_save
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise InputError(
+        "model has weights healed or regrouped for a plan, and its own save_pretrained would write them as an "
+        "original's: save it with elision.spd.save(model, plan, path)"
+    )
 
 
 def made_for(view: Decoder) -> SyncPlan | None:
