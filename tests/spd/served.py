@@ -173,6 +173,25 @@ def adapted(rank: int, place: str) -> list[str]:
     return found
 
 
+def asked(rank: int, place: str) -> dict[str, Any]:
+    """Tokens after lists and after tensors, between requests that are refused."""
+    model, found = runtime.load(place), {}
+    ids = token_ids()
+    short = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    for name, inputs, options in (
+        ("tensor", ids, {}),
+        ("ragged", {"input_ids": [[5, 6], [7]]}, {}),
+        ("lists", {"input_ids": ids.tolist(), "attention_mask": [[1] * ids.shape[1]] * len(ids)}, {}),
+        ("lambda", ids, {"prefix_allowed_tokens_fn": lambda *_: [5]}),
+        ("row", {"input_ids": ids[0].tolist()}, {}),
+    ):
+        try:
+            found[name] = runtime.generate(model, inputs, **short, **options)
+        except InputError as error:
+            found[name] = str(error)
+    return found
+
+
 def otherwise_corrected(rank: int, place: str, plan: SyncPlan) -> str:
     """The sentence with which a plan is refused that corrects a checkpoint's block in another way than its own."""
     model = runtime.load(place, drop=False)

@@ -122,6 +122,15 @@ def test_fewer_gpus_than_ranks_are_refused_before_a_rank_is_started(monkeypatch)
         launch(4, launched.add_up, "well")
 
 
+def test_a_directory_of_temporary_files_that_no_socket_fits_in_is_named(tmp_path):
+    long = tmp_path / ("d" * 90)
+    long.mkdir()
+    found = run("spd", "probe", "--turns", "3", TMPDIR=str(long))
+    assert found.returncode == 2
+    sentence = f"TMPDIR {long} is too long for the sockets that ranks are started through: set it to a short directory"
+    assert found.stderr == f"error: {sentence} such as /tmp\n"
+
+
 def test_bench_times_every_variant_in_turns(tmp_path):
     place = checkpoint(tmp_path / "model", "llama", SyncPlan(2, (1,)), **SIZES)
     work = [Workload(1, 8, 2), Workload(2, 8)]
@@ -178,10 +187,11 @@ def test_bench_times_a_plan_that_only_skips_attention_and_names_no_ideal(tmp_pat
     assert ideal["plan"] is None and ideal["all syncs"] is not None
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, as a user starts it."""
+def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user starts it, with environment variables."""
     code = "from elision.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300)
+    command, environment = [sys.executable, "-c", code, *words], {**os.environ, **variables}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_the_generate_command_gives_the_simulations_text(tmp_path):

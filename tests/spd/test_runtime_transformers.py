@@ -92,6 +92,7 @@ def runs(tmp_path_factory):
         "number": (served.refused, ([four, four],)),
         "lacking": (served.refused, ([full, without(full, room / "lacking", UP)],)),
         "kind": (served.otherwise_corrected, (full_corrected, replace(CORRECTED, corrections={1: "constant"}))),
+        "asked": (served.asked, (full,)),
         "adapted": (served.adapted, (empty,)),
         "late": (served.late, (full,)),
         "cast": (served.serve, ([full_corrected], torch.bfloat16)),
@@ -164,6 +165,13 @@ def test_ranks_sample_the_same_tokens_from_rank_0s_prompt(runs):
     first, second = runs[2]["sample"]
     assert torch.equal(first, second)
     assert torch.equal(first[:, : token_ids().shape[1]], token_ids(seed=0))
+
+
+def test_lists_are_taken_and_what_cannot_be_sent_is_refused_by_name_on_every_rank(runs):
+    for seen in runs[2]["asked"]:
+        assert torch.equal(seen["lists"], seen["tensor"]) and torch.equal(seen["row"], seen["tensor"][:1])
+        assert seen["ragged"].startswith("input_ids of the inputs is no table of numbers")
+        assert seen["lambda"].startswith("option prefix_allowed_tokens_fn cannot be sent to the other ranks")
 
 
 def test_a_rank_that_is_late_for_a_request_is_waited_for(runs):

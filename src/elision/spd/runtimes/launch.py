@@ -54,7 +54,8 @@ def launch(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
         arguments: what pickle can carry.
 
     Raises:
-        InputError: a rank refused its input, or there are GPUs, but fewer than ranks.
+        InputError: a rank refused its input, there are GPUs, but fewer than ranks, or the path of temporary files is
+            too long for the socket that ranks are started through.
         RankLostError: a rank died or failed; the sentence names it.
     """
     if started():
@@ -86,6 +87,13 @@ def launch(ranks: int, body: Callable[..., Any], *arguments: Any) -> Any:
         )
         try:
             return elastic_launch(config, _rank)(ranks, body, *arguments)[0]
+        except OSError as error:
+            if "AF_UNIX" not in str(error):
+                raise
+            raise InputError(
+                f"TMPDIR {tempfile.gettempdir()} is too long for the sockets that ranks are started through: set it to "
+                "a short directory such as /tmp"
+            ) from None
         except ChildFailedError as error:
             raise _blamed(*error.get_first_failure()) from None
         except SignalException as error:  # the ranks are ended by now

@@ -9,8 +9,9 @@ surviving one could is the lost one; a rank that failed on its own left its erro
 from __future__ import annotations
 
 import os
+import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
@@ -70,6 +71,16 @@ def idle_group() -> dist.ProcessGroup | None:
     group = dist.new_group(backend="gloo", timeout=IDLE)
     assert isinstance(group, dist.ProcessGroup)  # as it is where all ranks are in it
     return group
+
+
+def unsendable(options: Mapping[str, Any]) -> str | None:
+    """The name of one of `options` that no rank can send to another, for pickle does not take it."""
+    for name, value in options.items():
+        try:
+            pickle.dumps(value)
+        except Exception:  # an object may raise anything
+            return name
+    return None
 
 
 def from_first(value: Any, group: dist.ProcessGroup | None = None) -> Any:

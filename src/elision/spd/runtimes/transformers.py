@@ -43,7 +43,7 @@ from elision.spd.plan import SyncPlan
 from elision.spd.runtimes import ranks
 from elision.spd.runtimes.checkpoint import check_fits, corrections_of, facts_of, fingerprint, plan_of
 from elision.spd.serving import served_by
-from elision.spd.simulate import check_carried, check_unadapted
+from elision.spd.simulate import check_carried, check_unadapted, guard
 
 TIMEOUT = 10.0  # seconds that a rank waits for another within one all-reduce
 _LIMIT = "_elision_timeout"
@@ -101,6 +101,7 @@ def load(
         error = InputError(f"weights of model {source} cannot be read ({what}): fetch or save it again")
     _agreed(plan, error, held)
     ranks.limit(timeout, *_groups(model))
+    guard(decoder(model))
     setattr(model, _LIMIT, timeout)
     setattr(model, _IDLE, ranks.idle_group())
     if drop:
@@ -115,14 +116,15 @@ def generate(model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], **op
 
     Args:
         model: what `load` returned.
-        inputs: token ids (batch, sequence), or what a tokenizer returns.
-        options: what transformers' generate takes.
+        inputs: token ids (batch, sequence), or what a tokenizer returns, lists too.
+        options: what transformers' generate takes and pickle can carry.
 
     Returns:
         Token ids (batch, sequence), the same on every rank.
 
     Raises:
-        InputError: a token outside the vocabulary, which ranks with a part of the embeddings each take for zeros.
+        InputError: a token outside the vocabulary, which ranks with a part of the embeddings each take for zeros; rows
+            of different lengths; an option that cannot be sent to the other ranks.
         RankLostError: another rank died or failed meanwhile. On GPUs, where ranks meet in NCCL, the launcher says so.
     """
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
@@ -130,11 +132,29 @@ def generate(model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], **op
         if dist.is_initialized():
             seed = int(torch.randint(2**62, ()))
             # Not under the limit of an all-reduce: rank 0 of a server comes here when somebody asks for something.
-            given, options, seed = ranks.from_first((given, options, seed), getattr(model, _IDLE))
+            kept = ranks.unsendable(options) if dist.get_rank() == 0 else None
+            request = (given, {} if kept else options, seed, kept)
+            given, options, seed, kept = ranks.from_first(request, getattr(model, _IDLE))
+            if kept:  # the other ranks must hear of it: they wait for the request
+                raise InputError(
+                    f"option {kept} cannot be sent to the other ranks: give what pickle takes, such as a function of a "
+                    "module"
+                )
             torch.manual_seed(seed)
+        given = {name: _tensor(name, value) for name, value in given.items()}
         check_tokens(model.config.get_text_config().vocab_size, given["input_ids"].flatten().tolist(), "the inputs")
         run: Any = model.generate
         return run(**{name: value.to(model.device) for name, value in given.items()}, **options)
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """(batch, sequence) of what a tokenizer returns for `name`; a single row is a batch of one."""
+    try:
+        return torch.atleast_2d(torch.as_tensor(value))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} of the inputs is no table of numbers ({error}): have the tokenizer pad its rows (padding=True)"
+        ) from None
 
 
 class DroppedSyncs:
