@@ -237,6 +237,7 @@ import sys, warnings, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 folder = sys.argv[1]
+torch.set_num_threads(int(sys.argv[2]))
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder + "/base"), folder + "/adapter").eval()
 ids = torch.arange(3, 12)[None]
 with torch.no_grad():
@@ -261,7 +262,8 @@ def test_the_adapter_is_plain_peft_and_merges_without_us(tmp_path: Path) -> None
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    done = subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    words = [str(tmp_path), str(torch.get_num_threads())]  # which share out the additions of a product
+    done = subprocess.run([sys.executable, "-c", PLAIN, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         expected = model.eval()(torch.arange(3, 12)[None]).logits
