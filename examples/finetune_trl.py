@@ -7,14 +7,19 @@ python examples/finetune_trl.py --steps 60 --out runs/trl
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
 
 from elision import data, reference_model
 from elision.sparselora import SparsityPlan, sparsify
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ModuleNotFoundError:
+    sys.exit("error: this example needs TRL: pip install 'elision[trl]'")
 
 
 def main(out: Path, steps: int = 60, batch: int = 2) -> None:

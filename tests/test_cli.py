@@ -92,6 +92,11 @@ def test_inspect_for_people(tmp_path: Path) -> None:
     assert "0, 2" in text and "1, 3" in text  # every other block has a window
 
 
+def test_inspect_cuts_no_number_and_no_name(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["inspect", str(write(tmp_path, LLAMA))], env={"COLUMNS": "60"}).stdout
+    assert "11,264" in shown and "176 x 64" in shown and "\N{HORIZONTAL ELLIPSIS}" not in shown
+
+
 def test_inspect_says_that_a_healed_checkpoint_is_no_original(tmp_path: Path) -> None:
     plan = {"version": 1, "ranks": 4, "dropped": [1]}
     for healed, told in (({}, None), ({"healed": [1]}, "carries a plan for 4 ranks and serves only under it")):
@@ -164,6 +169,23 @@ def test_a_config_gives_arguments_options_and_switches(tmp_path: Path, demo: dic
     assert demo["arguments"] == {"out": tmp_path, "seed": 4, "threads": 2}  # what is typed wins
     file.write_text("seed: null  # as if it were not there")
     assert run("demo", "--config", file).exit_code == 0 and demo["arguments"]["seed"] == 0
+
+
+def test_a_config_spells_a_home_directory_out_in_paths_alone(
+    tmp_path: Path, demo: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("out: ~/demo\n")
+    assert run("demo", "--config", tmp_path / "c.yaml").exit_code == 0
+    assert demo["arguments"]["out"] == tmp_path / "demo"
+    (tmp_path / "c.yaml").write_text("model: reference\nprompt: ~/x\nplan: ~/none.json\n")
+    assert f"plan {tmp_path}/none.json is not a file" in refused(
+        run("spd", "generate", "--config", tmp_path / "c.yaml")
+    )
+    (tmp_path / "c.yaml").write_text("data: ~/data.json\nmodel: reference\nout: x\nplan: ~/none.json\n")
+    assert f"data {tmp_path}/data.json" in refused(run("sparselora", "train", "--config", tmp_path / "c.yaml"))
+    (tmp_path / "c.yaml").write_text("model: reference\nranks: 2\nout: x\ntext: []\n")
+    assert "[] will not do: give one at least" in refused(run("spd", "calibrate", "--config", tmp_path / "c.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from elision import data, files
 from elision.errors import InputError
-from elision.loading import load_texts
+from elision.loading import load_texts, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,22 @@ def test_a_limit_leaves_out_no_text_whose_rows_are_taken_in_turn(tokenizer: PreT
     assert rows("abcd", "p", "x", limit=9) == ["ab", "p<end>", "x<end>", "cd"]
     assert rows("ab", "cd", "ef", limit=9) == ["ab", "cd", "ef", "<end><end>"]
     assert rows("abcde") == ["ab", "cd", "e<end>"]
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_of_a_long_text_no_more_is_tokenized_than_is_taken(in_turn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = load_tokenizer("reference")
+    code = Path(data.__file__).read_text(encoding="utf-8")
+    texts = [code * 40, "a" * 50_000, code[::-1] * 40, "short"]
+    whole = data.text_batches(own, texts, 16, in_turn=in_turn)
+    read, encode = [], own.encode
+    monkeypatch.setattr(own, "encode", lambda text: read.append(len(text)) or encode(text))
+    for limit in (1, 9, 200):
+        read.clear()
+        found = data.text_batches(own, texts, 16, limit=limit, in_turn=in_turn)
+        rows, expected = (torch.cat([batch["input_ids"] for batch in batches]) for batches in (found, whole))
+        assert torch.equal(rows, expected[:limit])
+        assert max(read) < 40_000
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ def test_fine_tuning(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert "forwards so far: 2 sparse, 1 dense (first steps); training paths: 3 fast" in printed
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_trl_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit, match=r"^error: this example needs TRL: pip install 'elision\[trl\]'$"):
+        run("finetune_trl.py", tmp_path)
 
 
 def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

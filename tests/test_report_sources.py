@@ -102,6 +102,8 @@ PLOTS = {
     "latency-1",
     "links-1",
 }
+MODEL = {"type": "llama", "layers": 3, "heads": 2, "kv_heads": 2, "head_dim": 8, "hidden": 16, "intermediate": 32}
+FOUND = {"data": "y", "tokens": 9, "kl": 0.1, "predicted": 0.02}
 PLAN = {
     "version": 1,
     "ranks": 4,
@@ -227,6 +229,22 @@ def test_what_a_benchmark_printed(tmp_path: Path) -> None:
     assert [row.variant for row in sources.load(path).steps] == ["hf-lora", "sparse + lossless"]
 
 
+REFUSED: list[tuple[dict[str, Any], str]] = [  # what the commands refuse, the report does not draw
+    ({"ranks": 4.0}, ": ranks 4.0 is not a whole number"),
+    ({"corrections": ["a"]}, r": corrections \['a'\] is not a mapping"),
+    ({"version": 2}, " has version 2, this elision reads 1"),
+    ({"calibration": {"a": 1}}, ", calibration has an unknown field 'a'"),
+    ({"model": {**MODEL, "layers": -1}}, ", model: layers -1 is not a whole number"),
+    (
+        {"calibration": {**PLAN["calibration"], "sensitivities": [1, 2, float("nan")]}},
+        ", calibration: sens.* holds nan",
+    ),
+    ({"verified": {**FOUND, "dense": 0, "zero_shot": 1, "planned": 1}}, ", verified: dense 0 is not a perplexity"),
+    ({"ffn": [0.0, 1.5]}, r": ffn .*1\.5"),
+    ({"ffn": [0.0, 0.9], "calibration": {"a": 1}}, ", calibration has an unknown field 'a'"),
+]
+
+
 def test_sources_that_cannot_be_shown(tmp_path: Path) -> None:
     plan = put(tmp_path / "plan.json", {"version": 1, "ranks": 2, "dropped": [1]})
     with pytest.raises(InputError, match="made by hand"):
@@ -241,10 +259,12 @@ def test_sources_that_cannot_be_shown(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("a Trainer's\n{'loss': '4.6'}\n")
     with pytest.raises(InputError, match=r"log\.txt is no run, plan or benchmark: give"):
         report.write(tmp_path / "log.txt", tmp_path / "page")
-    benchmarks = ({"rows": [1]}, {"rows": [{"workload": 3}]})
-    for values in (*benchmarks, *({**plan, "calibration": {"a": 1}} for plan in (PLAN, SPARSITY))):
+    for values in ({"rows": [1]}, {"rows": [{"workload": 3}]}):
         with pytest.raises(InputError, match=r"torn\.json is not a whole plan or benchmark \(.+\): write it again"):
             report.write(put(tmp_path / "torn.json", values), tmp_path / "page")
+    for change, words in REFUSED:
+        with pytest.raises(InputError, match=rf"plan .*torn\.json{words}"):
+            report.write(put(tmp_path / "torn.json", {**(VERIFIED if "ffn" not in change else SPARSITY), **change}))
     with pytest.raises(InputError, match="has no place of its own"):
         report.write(put(tmp_path / "p.json", PLAN))
     assert not (tmp_path / "page").exists()
@@ -294,16 +314,25 @@ def test_the_browser_would_hear_a_complaint(tmp_path: Path) -> None:
 
 
 SPARSITY = {
+    "version": 1,
+    "model": {**MODEL, "layers": 2},
     "ffn": [0.0, 0.9],
     "qk": [0.0, 0.5],
     "vo": [0.0, 0.5],
     "calibration": {
+        "data": "x",
+        "output_tokens": 9,
+        "output_share": 0.5,
         "loss": 2.0,
         "grid": [0.5, 0.9],
         "ffn": [[0.1, 0.4], [0.0, 0.01]],
         "qk": [[0.1, 0.2], [0.0, 0.01]],
         "vo": [[0.1, 0.2], [0.0, 0.01]],
+        "expected_increase": 0.02,
         "measured_increase": 0.02,
+        "rehearsed": 0,
+        "speedup": 1.5,
+        "speedup_from": "operations",
         "flops": {"full": 0.6},
         "budget": "flops",
         "limit": 0.6,
@@ -339,8 +368,8 @@ def test_calibrated_plans_are_one_picture(tmp_path: Path) -> None:
 
 VERIFIED = {
     **PLAN,
-    "model": {"layers": 3},
-    "verified": {"dense": 10.0, "zero_shot": 10.2, "planned": 10.2},
+    "model": MODEL,
+    "verified": {**FOUND, "dense": 10.0, "zero_shot": 10.2, "planned": 10.2},
 }
 
 
@@ -351,7 +380,7 @@ def test_verified_plans_of_syncs_are_named_and_judged_on_held_out_text(tmp_path:
     )
     page = report.write(tmp_path / "a.json", tmp_path / "page").read_text()
     assert "+2.00% perplexity on held-out text" in page and "perplexity on the calibration text<" not in page
-    other = {**VERIFIED, "verified": {"dense": 10.0, "zero_shot": 10.5, "planned": 10.5}}
+    other = {**VERIFIED, "verified": {**FOUND, "dense": 10.0, "zero_shot": 10.5, "planned": 10.5}}
     both = sources.together([("a", alone), ("b", sources.load(put(tmp_path / "b.json", other)))])
     said = (
         "A on held-out text leaves out 66.7% of the syncs after attention for +2.00% perplexity and b on held-out text "

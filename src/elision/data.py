@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 IGNORED = -100  # the label of a position that is neither trained nor scored
+MARGIN = 8000  # characters between the tokens that are taken of a long text and where it is cut, at least
 
 # Field names of prompt/answer files in common use: prompt fields are joined by a line break, the first answer counts.
 _PROMPTS = (("prompt",), ("question",), ("instruction", "input"), ("original_text",))
@@ -223,10 +225,10 @@ def text_batches(
     Raises:
         InputError: fewer than `length` tokens of text.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    enough = None if limit is None else limit * length  # of one text, for none gives more rows than there are to be
     ids: list[int] = []
     if in_turn:
-        each = [[*tokenizer.encode(text), *end] for text in texts]
+        each = [_tokens(tokenizer, text, enough) for text in texts]
         whole = [len(own) // length for own in each]
         for row in range(max(whole, default=0)):
             for own, count in zip(each, whole, strict=True):
@@ -235,14 +237,30 @@ def text_batches(
             ids += own[count * length :]
     else:
         for text in texts:
-            ids += [*tokenizer.encode(text), *end]
-            if limit is not None and len(ids) >= limit * length:
+            ids += _tokens(tokenizer, text, enough)
+            if enough is not None and len(ids) >= enough:
                 break
     count = min(len(ids) // length, limit or len(ids))
     if count == 0:
         raise InputError(f"the text has {len(ids)} tokens, fewer than one row of {length}: give more text")
     blocks = torch.tensor(ids[: count * length]).view(count, length)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in blocks.split(rows)]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, enough: int | None) -> list[int]:
+    """A text's tokens and the end; of a long text the first `enough` at least, without the others being made.
+
+    A cut changes the tokens beside it, so that as many again are left between it and what is taken.
+    """
+    if enough is not None:
+        size = 8 * enough + MARGIN
+        while size < len(text):
+            ids = tokenizer.encode(text[:size])
+            if len(ids) >= 2 * enough + MARGIN // 8:
+                return ids[:enough]
+            size *= 2
+    end: Any = tokenizer.eos_token_id
+    return [*tokenizer.encode(text), *([] if end is None else [end])]
 
 
 def shared_folder() -> Path | None:

@@ -13,8 +13,9 @@ command does not have is refused by name. `Commands` in common.py gives the opti
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,12 +119,17 @@ def _checked(ctx: typer.Context, param: Any, value: Any, where: str) -> Any:
         raise InputError(
             f"{where}: {value!r} is not {'a list of values' if several else 'one value'}: write it plainly"
         )
-    typed = [str(v) for v in values] if several else str(values[0])
+
+    def typed(spelt: Callable[[str], str]) -> Any:
+        return [spelt(str(each)) for each in values] if several else spelt(str(values[0]))
+
     try:
-        param.process_value(ctx, typed)
+        read = param.process_value(ctx, typed(os.path.expanduser))
     except typer.BadParameter as error:
-        raise InputError(f"{where}: {value!r} will not do: {' '.join(error.message.split())}") from None
-    return typed
+        reason = " ".join(error.message.split()) or "give one at least"
+        raise InputError(f"{where}: {value!r} will not do: {reason}") from None
+    places = all(isinstance(each, Path) for each in (read if isinstance(read, (list, tuple)) else [read]))
+    return typed(os.path.expanduser if places or param.name == "plan" else str)  # a shell spells "~" out in paths
 
 
 def _plain(value: Any) -> Any:

@@ -57,9 +57,9 @@ def _show(model: str, is_: Description) -> None:
 
     table = Table(title=Text(model), title_justify="left")
     for name in ("blocks", "window", "part", "module", "bias"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name in ("out x in", "parameters"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)  # a number that is cut is another number
     for run in is_.blocks:
         labels = [run.span, "" if run.sliding_window is None else f"{run.sliding_window:,}"]
         for name, p in run.projections.items():

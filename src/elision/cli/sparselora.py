@@ -62,10 +62,11 @@ def train(
     """Fine-tune with SparseLoRA; what comes out is an ordinary PEFT adapter.
 
     LoRA goes on Q, K, V and O. The fields of --data are those of docs/cli.md;
-    no chat template is applied. Tells the expected speedup before the first step. --dry-run times one step
-    and says how long all of them would take, in how much memory. A killed run
-    goes on when the same command is run again. Without --plan it follows the
-    paper's, scaled to the model; `calibrate` makes one for your model and data.
+    no chat template is applied. Tells the expected speedup before the first step.
+    --dry-run times one step and says how long all of them would take, in how much
+    memory. A killed run goes on when the same command is run again. Without
+    --plan it follows the paper's, scaled to the model; `calibrate` makes one for
+    your model and data.
 
     \b
     Examples:

@@ -53,6 +53,7 @@ def _of_file(path: Path, values: Mapping[str, Any]) -> Results:
         page = {"title": str(values.get("benchmark", path.stem)), "settings": told, **of_benchmark(values)}
         return check(page, f"benchmark {path}")
     if {"ffn", "qk", "vo"} <= values.keys() or {"ranks", "dropped"} <= values.keys():
+        _check_plan(values, f"plan {path}")
         page = {"title": f"Plan {path.name}", "settings": _settings(values), **of_plan(values, path.stem)}
         if "dropped" in values and page.keys() == {"title", "settings"}:
             raise InputError(
@@ -62,6 +63,14 @@ def _of_file(path: Path, values: Mapping[str, Any]) -> Results:
     if values.keys() & set(Results.model_fields):
         return check(values, f"results {path}")
     raise InputError(f"{path} is no run, plan or benchmark: {GIVE}")
+
+
+def _check_plan(values: Mapping[str, Any], where: str) -> None:
+    """Raise InputError where no command would take the plan."""
+    from elision.sparselora import SparsityPlan
+    from elision.spd import SyncPlan
+
+    (SyncPlan if "dropped" in values else SparsityPlan).from_dict(values, where)
 
 
 def together(results: Sequence[tuple[str, Results]]) -> Results:

@@ -105,6 +105,8 @@ class Verified:
             raise InputError(f"data {self.data!r} is not a fingerprint: verify again")
         _integer(self.tokens, "tokens", minimum=1)
         _numbers([getattr(self, entry.name) for entry in fields(self)[2:]], "verified")
+        if self.dense <= 0:
+            raise InputError(f"dense {self.dense} is not a perplexity: verify again")
 
     @property
     def loss(self) -> float:
