@@ -18,12 +18,14 @@ from typer.testing import CliRunner
 
 from elision import evaluate, files, reference_model, runs
 from elision.cli import app
+from elision.cli.spd_plan import _said
 from elision.data import load_examples, text_batches
 from elision.errors import InputError
 from elision.families import load_config
 from elision.loading import load_model, load_tokenizer
 from elision.sparselora import SparsityPlan
 from elision.spd import SyncPlan, load, load_adapter, read_plan, save
+from elision.spd.plan import Verified
 from tests.spd.tiny import tiny
 
 TRAIN = ["sparselora", "train", "reference", "--sparsity", "0.5"]
@@ -122,6 +124,21 @@ def test_calibrate_then_heal_then_eval(tmp_path: Path, text: Path) -> None:
     assert code == 2 and "is of a healed checkpoint" in error
     code, _, error = run("spd", "heal", "reference", "--plan", planned, *rest, "--out", tmp_path)
     assert code == 2 and "exists and is not a checkpoint with a plan" in error
+
+
+@pytest.mark.parametrize(
+    ("predicted", "tokens", "words"),
+    [
+        (0.02, 1, "perplexity +2.00% on 1 held-out token where +2.00% was predicted"),
+        (0.019999, 1000, "perplexity +2.00% on 1,000 held-out tokens where +2.00% was predicted"),
+        (0.01, 9, "perplexity +2.00% on 9 held-out tokens where +1.00% was predicted (1.00 points more)"),
+        (0.03, 9, "perplexity +2.00% on 9 held-out tokens where +3.00% was predicted (1.00 points less)"),
+    ],
+)
+def test_a_plan_in_a_sentence(predicted: float, tokens: int, words: str) -> None:
+    found = Verified("x", tokens, dense=10.0, zero_shot=10.2, planned=10.2, kl=0.0, predicted=predicted)
+    said = _said(SyncPlan(2, (1,), int8=(0,), skipped=(2, 3), verified=found))
+    assert said == f"1 block drops its first sync on 2 ranks, 1 sends it in int8, 2 skip attention, {words}"
 
 
 TRIED = {  # what a dry run refuses as the command itself does
