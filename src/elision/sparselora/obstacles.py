@@ -209,9 +209,7 @@ def hooked(module: Any, sharding: bool = False) -> bool:
     for kind in _HOOKS:
         for hook in module.__dict__[kind].values():
             made = getattr(hook, "func", hook)  # a partial is of functools
-            asking = getattr(made, "__name__", "").startswith(
-                "make_inputs_require_grad"
-            )  # transformers', PEFT's, TRL's
+            asking = getattr(made, "__name__", "").startswith("make_inputs_require_grad")  # of any library
             if not asking and not (getattr(made, "__module__", None) or "").startswith(harmless):
                 return True
     return False
