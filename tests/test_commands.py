@@ -396,6 +396,7 @@ WITHOUT: dict[str, tuple[list[object], str]] = {  # options that would be ignore
 UNSCORED: dict[str, tuple[list[object], str]] = {
     "task files without a task": (["--include", "none"], "--include is given without --tasks"),
     "shots without a task": (["--shots", 2], "--shots is given without --tasks"),
+    "problems at most of a text": (["--limit", 5], "--limit is given without --data or --tasks"),
     "no task files": (["--tasks", "elision_boolq", "--include", "none"], "--include none is no directory"),
 }
 KINDS = (

@@ -86,6 +86,8 @@ def evaluate(
     for name, value in (("include", include), ("shots", shots)):
         if value is not None and not tasks:
             raise InputError(f"--{name} is given without --tasks, which alone uses it: name some, or leave it out")
+    if limit is not None and data is None and not tasks:
+        raise InputError("--limit is given without --data or --tasks, which alone use it: of --text, give --rows")
     if include is not None and not include.is_dir():
         raise InputError(f"--include {include} is no directory: give one with lm-evaluation-harness's .yaml files")
     texts = None if text is None else load_texts(text)
