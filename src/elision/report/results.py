@@ -134,9 +134,7 @@ class Ranks(_Part):
     # held-out text, where it was verified.
     other: dict[Literal["dropped", "int8", "skipped"], list[int]] = {}
     other_cost: FiniteFloat | None = None
-    healed_cost: FiniteFloat | None = (
-        None  # what is expected of healing that is still to be done, where that is planned
-    )
+    healed_cost: FiniteFloat | None = None  # expected after healing that is planned and still to be done
 
     @model_validator(mode="after")
     def _one_value_a_block(self) -> Self:
