@@ -2,7 +2,9 @@
 
 An empty environment of the oldest supported Python is filled, so that a pin is something that installed and that holds
 for the newer ones too; what else the newer ones need, and torch's CUDA build, is resolved on top of it but not
-installed. Local version labels, such as the "+cpu" of a torch build, are dropped: a pin holds for every build.
+installed. The oldest Python is its first release, which a system may well have: where a package wants a later one,
+an earlier version of it is taken. Local version labels, such as the "+cpu" of a torch build, are dropped: a pin holds
+for every build.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ def main() -> None:
         venv.create(Path(place) / "venv", with_pip=True)
         pip = [Path(place) / "venv" / "bin" / "python", "-m", "pip", "--quiet"]
         subprocess.run([*pip, "install", *wanted], check=True)
+        while bounds := too_new(pip[0]):
+            wanted += bounds
+            subprocess.run([*pip, "install", *wanted], check=True)
         frozen = subprocess.run(
             [*pip, "freeze", "--all", "--exclude", "pip"], check=True, text=True, capture_output=True
         )
@@ -52,6 +57,18 @@ def main() -> None:
             found = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
             pins = {canonical(item["name"]): item["version"] for item in found} | pins
     (ROOT / "constraints.txt").write_text(f"{HEADER}\n{lines(pins)}", encoding="utf-8")
+
+
+def too_new(python: Path) -> list[str]:
+    """Bounds for what is installed there but not to be had on the first release of the oldest Python."""
+    listing = (
+        "from importlib.metadata import distributions\n"
+        "from pip._vendor.packaging.specifiers import SpecifierSet\n"
+        "for each in distributions():\n"
+        f"    if not SpecifierSet(each.metadata['Requires-Python'] or '').contains('{OLDEST[0]}.{OLDEST[1]}.0'):\n"
+        "        print(each.metadata['Name'] + '<' + each.version)\n"
+    )
+    return subprocess.run([python, "-c", listing], check=True, text=True, capture_output=True).stdout.split()
 
 
 def lines(pins: dict[str, str]) -> str:

@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -66,6 +67,15 @@ def test_constraints_pin_every_dependency() -> None:
     assert len(seen) > 40  # it did look behind the direct ones
     assert uncovered(Requirement("numpy<2"), seen) == [f"numpy<2: pinned to {PINNED['numpy']}"]
     assert uncovered(Requirement("liger-kernel"), seen) == ["liger-kernel: no pin"]
+
+
+def test_pins_install_on_the_first_release_of_the_oldest_python() -> None:
+    # A system's Python 3.11 may be 3.11.2 for years: one pin that wanted 3.11.5 kept everything from being installed.
+    oldest = PROJECT["requires-python"].partition(",")[0].removeprefix(">=") + ".0"
+    wanted = {each.name: each.metadata["Requires-Python"] or "" for each in distributions()}
+    pinned = {name: needs for name, needs in wanted.items() if canonicalize_name(name) in PINNED}
+    assert [f"{name}: {needs}" for name, needs in pinned.items() if not SpecifierSet(needs).contains(oldest)] == []
+    assert len(pinned) > 40
 
 
 def imported(path: Path) -> set[str]:
