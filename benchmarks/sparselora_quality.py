@@ -8,7 +8,8 @@ there. A problem counts as solved if greedy decoding gives the worked solution t
 
 Recipe, plans' budgets, seeds and comparisons are sparselora_quality.json beside this file, fixed before the first run;
 that of an earlier round, with other seeds and problems, is in the history, its results in the lab notes. A second one,
-`--recipe benchmarks/sparselora_quality_long.json`, trains the main variants for three passes over the problems.
+`--recipe benchmarks/sparselora_quality_long.json`, trains the main variants for three passes over the problems, and
+`sparselora_quality_seeds.json` does that with more seeds and problems on one of the tasks.
 Plans are calibrated once a task, after a rehearsal of some dense steps, on training problems of their own; "paper's
 layers" is its plan for LLaMA3-8B on Math10K, scaled to this depth. Dense steps run by the same lossless fast path as
 sparse ones. Runs are done in the order of their tiers, seed by seed; each leaves a file in --out, so that a killed
