@@ -321,9 +321,9 @@ def page(results: dict[str, dict[str, dict[int, Any]]], recipe: Mapping[str, Any
     """Everything that was found, as Markdown."""
     expected = len(recipe["tasks"]) * len(recipe["variants"]) * len(recipe["seeds"])
     done = sum(len(seeds) for variants in results.values() for seeds in variants.values())
+    passes = f", {recipe['epochs']} passes over the problems, {len(recipe['seeds'])} seeds"
     lines = [
-        "# SparseLoRA: what sparsity costs in quality"
-        + (f", in {recipe['epochs']} passes over the problems" if recipe["epochs"] > 1 else ""),
+        "# SparseLoRA: what sparsity costs in quality" + (passes if recipe["epochs"] > 1 else ""),
         "",
         f"Written by `{command}` from {done} of {expected} fine-tunes of the embedded model. Recipe, budgets, seeds "
         f"and comparisons were fixed before the first run. {recipe['about']}",

@@ -17,6 +17,7 @@ import tempfile
 import tomllib
 import venv
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 OLDEST, NEWER = (3, 11), ("3.12", "3.13")
@@ -38,23 +39,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         venv.create(Path(place) / "venv", with_pip=True)
         pip = [Path(place) / "venv" / "bin" / "python", "-m", "pip", "--quiet"]
-        subprocess.run([*pip, "install", *wanted], check=True)
-        while bounds := too_new(pip[0]):
-            wanted += bounds
-            subprocess.run([*pip, "install", *wanted], check=True)
+        report, wheels = Path(place) / "report.json", Path(place) / "wheels"
+        wheels.mkdir()
+        bounds, built = [], set()
+        while True:
+            subprocess.run([*pip, "install", "--report", report, *wanted, *bounds], check=True)
+            built |= {pin(item["metadata"]) for item in installed(report) if not from_wheel(item)}
+            if not (more := too_new(pip[0])):
+                break
+            bounds += more
+        if built:
+            subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, *sorted(built)], check=True)
         frozen = subprocess.run(
             [*pip, "freeze", "--all", "--exclude", "pip"], check=True, text=True, capture_output=True
         )
         pins = {canonical(name): version for name, version in (line.split("==") for line in frozen.stdout.splitlines())}
         for version in NEWER:
-            constraints, report = Path(place) / "constraints.txt", Path(place) / "report.json"
+            constraints = Path(place) / "constraints.txt"
             constraints.write_text(lines(pins), encoding="utf-8")
             elsewhere = ["--dry-run", "--ignore-installed", "--only-binary=:all:", "--python-version", version]
             elsewhere += ["--target", Path(place) / "nowhere"]  # pip asks for one, though it writes nothing
+            elsewhere += ["--find-links", wheels]  # of what publishes none, and so is no binary
             subprocess.run(
                 [*pip, "install", *elsewhere, "--report", report, "--constraint", constraints, *wanted], check=True
             )
-            found = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
+            found = [item["metadata"] for item in installed(report)]
             pins = {canonical(item["name"]): item["version"] for item in found} | pins
     (ROOT / "constraints.txt").write_text(f"{HEADER}\n{lines(pins)}", encoding="utf-8")
 
@@ -69,6 +78,21 @@ def too_new(python: Path) -> list[str]:
         "        print(each.metadata['Name'] + '<' + each.version)\n"
     )
     return subprocess.run([python, "-c", listing], check=True, text=True, capture_output=True).stdout.split()
+
+
+def installed(report: Path) -> list[dict[str, Any]]:
+    """What pip says that it installed, or would."""
+    return json.loads(report.read_text(encoding="utf-8"))["install"]
+
+
+def from_wheel(item: dict[str, Any]) -> bool:
+    """Whether it was downloaded as a wheel, and not built here."""
+    return item["download_info"]["url"].endswith(".whl")
+
+
+def pin(metadata: dict[str, Any]) -> str:
+    """As a requirement."""
+    return f"{canonical(metadata['name'])}=={metadata['version']}"
 
 
 def lines(pins: dict[str, str]) -> str:
