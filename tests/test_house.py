@@ -69,6 +69,7 @@ def test_constraints_pin_every_dependency() -> None:
     assert uncovered(Requirement("liger-kernel"), seen) == ["liger-kernel: no pin"]
 
 
+@pytest.mark.skipif(sys.version_info[:2] > (3, 11), reason="newer Pythons install what the oldest does not need")
 def test_pins_install_on_the_first_release_of_the_oldest_python() -> None:
     # A system's Python 3.11 may be 3.11.2 for years: one pin that wanted 3.11.5 kept everything from being installed.
     oldest = PROJECT["requires-python"].partition(",")[0].removeprefix(">=") + ".0"
