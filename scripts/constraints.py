@@ -74,7 +74,7 @@ def too_new(python: Path) -> list[str]:
         "from importlib.metadata import distributions\n"
         "from pip._vendor.packaging.specifiers import SpecifierSet\n"
         "for each in distributions():\n"
-        f"    if not SpecifierSet(each.metadata['Requires-Python'] or '').contains('{OLDEST[0]}.{OLDEST[1]}.0'):\n"
+        f"    if not SpecifierSet(each.metadata.get('Requires-Python', '')).contains('{OLDEST[0]}.{OLDEST[1]}.0'):\n"
         "        print(each.metadata['Name'] + '<' + each.version)\n"
     )
     return subprocess.run([python, "-c", listing], check=True, text=True, capture_output=True).stdout.split()
