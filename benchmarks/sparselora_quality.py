@@ -331,7 +331,8 @@ def page(results: dict[str, dict[str, dict[int, Any]]], recipe: Mapping[str, Any
         "*Solved*: share of test problems whose worked solution greedy decoding gives token by token. *Loss*: nats per "
         "token of the solutions. *Operations*: of the whole run over LoRA's, dense first steps included, both without "
         "what is lossless to leave out: of the *frozen products* alone, which is what the paper counts and what the "
-        "percentages in names are budgets of, and of *all*, with adapters, attention, estimator and output head. "
+        "percentages in names are budgets of, and of *all*, with adapters, attention, estimator and output head, "
+        "which is what `calibrate(flops=...)` budgets unless told otherwise: its 0.6 is a tighter plan than 60% here. "
         "Intervals are 95%, over seeds and problems (the program says how). Unless the name says otherwise, plans are "
         f"calibrated and channels chosen by {recipe['selection']!r}.",
     ]
@@ -339,7 +340,9 @@ def page(results: dict[str, dict[str, dict[int, Any]]], recipe: Mapping[str, Any
         ready = {variant: seeds for variant, seeds in variants.items() if seeds}
         if not ready:
             continue
-        lines += ["", f"## {task}", ""]
+        count = len(next(iter(next(iter(ready.values())).values()))["solved"])
+        told = ", those of a file, the same in every recipe" if "files" in recipe["tasks"][task] else ""
+        lines += ["", f"## {task}", "", f"{count} test problems{told}.", ""]
         lines += ["| variant | seeds | operations, frozen products | all | solved | loss | minus LoRA, points |"]
         lines += ["| --- | --: | --: | --: | --: | --: | --: |"]
         for variant, seeds in ready.items():
@@ -362,6 +365,8 @@ def page(results: dict[str, dict[str, dict[int, Any]]], recipe: Mapping[str, Any
         for one, other, (solved, loss) in paired:
             told = f"{loss.value:+.4f} ({loss.low:+.4f} to {loss.high:+.4f})"
             lines.append(f"| {one} minus {other} | {points(solved)} | {told} |")
+        if any("steps" in recipe["variants"][variant] for variant in ready):
+            lines += ["", "LoRA with fewer steps has as many operations in the frozen products, and fewer in all."]
         for budget in sorted({v["flops"] for v in recipe["variants"].values() if "flops" in v}, reverse=True):
             path = out / "plans" / f"{task}-{budget:g}.json"
             if path.exists():
@@ -398,8 +403,11 @@ def verdict(results: dict[str, dict[str, dict[int, Any]]]) -> list[str]:
                 name = f"{task} ({'calibrated' if plan == '46%' else 'uniform'} plan)"
                 by["problems solved"] += [name] if against is not None and against[0].low > 0 else []
                 by["loss"] += [name] if against is not None and against[1].high < 0 else []
+    ran = {variant for variants in results.values() for variant, seeds in variants.items() if seeds}
+    if not any(variant.endswith(tuple(told_apart)) for variant in ran):
+        lines.append("- No controls were run here, so nothing is said of whether the choice of channels matters.")
     for control, by in told_apart.items():
-        if not any(seeds and variant.endswith(control) for each in results.values() for variant, seeds in each.items()):
+        if not any(variant.endswith(control) for variant in ran):
             continue
         for measure, tasks in by.items():
             lines.append(
