@@ -122,19 +122,25 @@ def counted_fast(model: Any, plan: SparsityPlan, inputs: dict[str, torch.Tensor]
     return counter.total
 
 
-def packed() -> dict[str, torch.Tensor]:
+ALIKE = ((30, 20, 9), (12, 9, 4))  # lengths of prompts and of their answers, for one grid
+UNLIKE = ((15, 550, *(14,) * 9), (5, 50, *(6,) * 9))  # and for several
+
+
+def packed(prompts: tuple[int, ...], answers: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Sequences of several lengths in one row, told apart by their positions."""
-    rows = [{name: t[0] for name, t in tiny.batch((p,), (a,)).items()} for p, a in ((30, 12), (20, 9), (9, 4))]
+    pairs = zip(prompts, answers, strict=True)
+    rows = [{name: t[0] for name, t in tiny.batch((p,), (a,)).items()} for p, a in pairs]
     joined = {name: torch.cat([row[name] for row in rows])[None] for name in ("input_ids", "labels")}
     return joined | {"position_ids": torch.cat([torch.arange(len(row["labels"])) for row in rows])[None]}
 
 
+@pytest.mark.parametrize("lengths", [ALIKE, UNLIKE], ids=["alike", "unlike"])
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 @pytest.mark.parametrize("targets", [tiny.ALL, tiny.ATTENTION], ids=["all", "attention"])
-def test_what_is_forecast_is_what_a_run_then_costs(targets: str, kind: str) -> None:
-    """Attention of packed rows is that of their sequences, not of the row."""
-    model = tiny.lora("llama", targets, torch.float32, num_hidden_layers=3)
-    inputs = packed() if kind == "packed" else tiny.batch((30, 20, 9), (12, 9, 4))
+def test_what_is_forecast_is_what_a_run_then_costs(targets: str, kind: str, lengths: Any) -> None:
+    """Attention of packed rows is that of their sequences, not of the row; of sequences, that of their own grid."""
+    model = tiny.lora("llama", targets, torch.float32, num_hidden_layers=3, max_position_embeddings=1024)
+    inputs = (packed if kind == "packed" else tiny.batch)(*lengths)
     plan, nothing = tiny.plan(model, 0.75, selection="svd", rank=4), tiny.plan(model, 0.0)
     sparse, dense = (counted_fast(model, each, inputs) for each in (plan, nothing))
     told = forecast(model, [inputs], plan)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -34,6 +35,7 @@ from elision.sparselora import select
 from elision.sparselora.choices import tokens_read
 from elision.sparselora.factors import SCORED, estimated
 from elision.sparselora.plan import PART_OF, SparsityPlan
+from elision.sparselora.rows import grouped
 from elision.sparselora.tokens import TokenKinds
 
 
@@ -89,14 +91,14 @@ class Adapter:
 class Workload:
     """One batch: `lengths` of its sequences as computed, how many of their tokens are sparse, and how many logits.
 
-    `longest`: attention computes every sequence at this length; None: at its own. `last_block`: the last block leaves
-    out everything but keys and values at positions that bear no loss (rows.py).
+    `grids`: attention computes every sequence at the length of the longest in its grid (rows.py); otherwise at its
+    own. `last_block`: the last block leaves out everything but keys and values at positions that bear no loss.
     """
 
     lengths: tuple[int, ...]
     context: int
     logits: int
-    longest: int | None = None
+    grids: bool = False
     last_block: bool = False
 
     @classmethod
@@ -120,16 +122,19 @@ class Workload:
     def fast(cls, kinds: TokenKinds, segment: Tensor | None = None) -> Self:
         """Of the same batch as the fast path computes it, with all that is lossless left out."""
         work = cls.of(kinds, padded=False, segment=segment)
-        return replace(work, longest=max(work.lengths), last_block=True)
+        return replace(work, grids=True, last_block=True)
 
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
 
-    @property
+    @cached_property
     def attended(self) -> tuple[int, ...]:
-        """Lengths of the sequences in attention."""
-        return self.lengths if self.longest is None else (self.longest,) * sum(length > 0 for length in self.lengths)
+        """Lengths of the sequences in attention, those of one grid together."""
+        if not self.grids:
+            return self.lengths
+        lengths = [length for length in self.lengths if length > 0]
+        return tuple(lengths[group[0]] for group in grouped(lengths) for _ in group)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ What may be left out without changing the loss (each a switch of `Elisions`):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -195,21 +196,26 @@ def arrange(
     )
 
 
-def _grids(lengths: list[int]) -> tuple[list[Grid], list[int]]:
-    """Grids for segments of these lengths, and the slot at which each segment starts.
+def grouped(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of the segments of these lengths that share a grid; the first of each group is its longest.
 
     Where that leaves out enough slots, a segment shares its grid with those of more than half, up to double its length.
     """
+    descending = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups: list[list[int]] = []
-    for segment in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for segment in descending:
         if not groups or 2 * max(lengths[segment], _SHORT) <= lengths[groups[-1][0]]:
             groups.append([])
         groups[-1].append(segment)
-    if sum(len(group) * lengths[group[0]] for group in groups) > _WORTH * len(lengths) * max(lengths):
-        groups = [sorted(range(len(lengths)), key=lambda i: -lengths[i])]
+    slots = sum(len(group) * lengths[group[0]] for group in groups)
+    return [descending] if slots > _WORTH * len(lengths) * max(lengths) else groups
+
+
+def _grids(lengths: list[int]) -> tuple[list[Grid], list[int]]:
+    """Grids for segments of these lengths, and the slot at which each segment starts."""
     grids: list[Grid] = []
     starts = [0] * len(lengths)
-    for group in groups:
+    for group in grouped(lengths):
         grid = Grid(len(group), lengths[group[0]], grids[-1].slots.stop if grids else 0)
         grids.append(grid)
         for line, segment in enumerate(sorted(group)):
