@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
@@ -124,6 +125,26 @@ def counted_fast(model: Any, plan: SparsityPlan, inputs: dict[str, torch.Tensor]
 
 ALIKE = ((30, 20, 9), (12, 9, 4))  # lengths of prompts and of their answers, for one grid
 UNLIKE = ((15, 550, *(14,) * 9), (5, 50, *(6,) * 9))  # and for several
+
+
+@pytest.mark.parametrize("targets", [tiny.ALL, tiny.ATTENTION], ids=["all", "attention"])
+def test_dora_s_norm_is_counted(targets: str) -> None:
+    """As PEFT takes it, and as the fast path does, which makes no product of the adapter's factors."""
+    config = LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM", use_dora=True)
+    model = tiny.peft_model(tiny.base("llama", torch.float32, num_hidden_layers=3), config).train()
+    inputs = tiny.batch((30, 20, 23), (12, 9, 10))
+    shape, adapters = flops.Shape.of(model), flops.adapters_of(model)
+    kinds = tokens.classify(inputs["labels"], inputs["attention_mask"])
+    of_peft, of_fast, plan = work(inputs), flops.Workload.fast(kinds), tiny.plan(model, 0.75, selection="weights")
+    for ran, cost in (
+        (counted(model, **inputs), flops.step(shape, of_peft, adapters)),
+        (counted_fast(model, tiny.plan(model, 0.0), inputs), flops.step(shape, of_fast, adapters)),
+        (counted_fast(model, plan, inputs), flops.step(shape, of_fast, adapters, plan)),
+    ):
+        assert cost.total() == pytest.approx(ran, rel=1e-3)
+    plain = [[replace(pair, dora=False) for pair in layer] for layer in adapters]
+    assert cost.adapters > 1.05 * flops.step(shape, of_fast, plain, plan).adapters
+    assert flops.step(shape, of_peft, plain).adapters < flops.step(shape, of_peft, adapters).adapters
 
 
 def packed(prompts: tuple[int, ...], answers: tuple[int, ...]) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ A product of (T, in) with (in, out) counts 2 T in out. Counted are the products 
 activations, softmax, gathers and the optimizer are not, as in torch's own counter, with which this agrees.
 
     base       forward, and the gradient of the input; weights are frozen, so there is no gradient of theirs
-    adapters   both factors, with both their gradients
+    adapters   both factors, with both their gradients; DoRA's norm of the full weight, forward alone: it is a constant
     attention  Q K' and P V: two products a head forward, four backward (a kernel that recomputes Q K' does one more)
     estimator  the scores of the plan's selection
     head       logits of the positions that are asked for, forward and backward
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from elision import blocks
 from elision.errors import InputError
 from elision.sparselora import select
+from elision.sparselora.adapters import active, dora
 from elision.sparselora.choices import tokens_read
 from elision.sparselora.factors import SCORED, estimated
 from elision.sparselora.plan import PART_OF, SparsityPlan
@@ -85,20 +86,30 @@ class Adapter:
     rank: int
     inputs: int
     outputs: int
+    dora: bool = False
+
+    def norm(self, fast_path: bool) -> float:
+        """Operations of a norm of the adapted weight: by its factors (narrow.py) or, as PEFT does, with B A made."""
+        if not self.dora:
+            return 0.0
+        if fast_path:
+            return 2.0 * self.rank * (self.inputs * self.outputs + self.rank * (self.inputs + self.outputs))
+        return 2.0 * self.rank * self.inputs * (self.inputs + self.outputs)  # of an identity of the inputs
 
 
 @dataclass(frozen=True)
 class Workload:
     """One batch: `lengths` of its sequences as computed, how many of their tokens are sparse, and how many logits.
 
-    `grids`: attention computes every sequence at the length of the longest in its grid (rows.py); otherwise at its
-    own. `last_block`: the last block leaves out everything but keys and values at positions that bear no loss.
+    `fast_path`: attention computes every sequence at the length of the longest in its grid (rows.py), and DoRA's norm
+    is that of narrow.py; otherwise each sequence is computed at its own length, and the norm as PEFT has it.
+    `last_block`: the last block leaves out everything but keys and values at positions that bear no loss.
     """
 
     lengths: tuple[int, ...]
     context: int
     logits: int
-    grids: bool = False
+    fast_path: bool = False
     last_block: bool = False
 
     @classmethod
@@ -122,7 +133,7 @@ class Workload:
     def fast(cls, kinds: TokenKinds, segment: Tensor | None = None) -> Self:
         """Of the same batch as the fast path computes it, with all that is lossless left out."""
         work = cls.of(kinds, padded=False, segment=segment)
-        return replace(work, grids=True, last_block=True)
+        return replace(work, fast_path=True, last_block=True)
 
     @property
     def tokens(self) -> int:
@@ -131,7 +142,7 @@ class Workload:
     @cached_property
     def attended(self) -> tuple[int, ...]:
         """Lengths of the sequences in attention, those of one grid together."""
-        if not self.grids:
+        if not self.fast_path:
             return self.lengths
         lengths = [length for length in self.lengths if length > 0]
         return tuple(lengths[group[0]] for group in grouped(lengths) for _ in group)
@@ -172,10 +183,11 @@ def adapters_of(model: nn.Module) -> tuple[tuple[Adapter, ...], ...]:
                 served.setdefault(id(projection.module), []).append(name)
         layers.append(
             tuple(
-                Adapter(tuple(served[key]), module.r[active], module.in_features, module.out_features)
+                Adapter(
+                    tuple(served[key]), module.r[name], module.in_features, module.out_features, name in dora(module)
+                )
                 for key, module in modules.items()
-                for active in module.active_adapters
-                if active in module.lora_A
+                for name in active(module)
             )
         )
     return tuple(layers)
@@ -262,7 +274,7 @@ def layer_step(
     for pair in own:
         through = pair.inputs * (3 if needs[pair.projections[0]] else 2) + pair.outputs * 3
         total = max(rows(name)[0] for name in pair.projections)
-        adapter += 2.0 * total * pair.rank * through
+        adapter += 2.0 * total * pair.rank * through + pair.norm(work.fast_path)
     return Cost(base, adapter, attention, estimator), flows
 
 
