@@ -13,6 +13,10 @@ A gradient is counted where one flows: nothing below the first adapter has any. 
 count the kept channels only, all other rows count in full. Attention is counted in full; its causal half, what a
 causal kernel computes, is the other figure (`Cost.total(causal=True)`).
 
+Not counted is what gradient checkpointing computes again: whether it is on is often told only by the trainer, later.
+That is a forward of the blocks without the head, with the channels that were chosen before, and so sparser than the
+step as a whole: over dense LoRA that checkpoints too, operations allow a few percent more speedup than is told.
+
 The paper's percentages (maths: The paper's settings) count the base products, sparse steps and dense first steps
 together, and no attention, adapters or estimator; its 512-token figures with 25% output tokens, with and without the
 head, are met by `relative(..., count=("base", "head"))` and `relative(..., count=("base",))`.
