@@ -1,4 +1,4 @@
-"""Kill a job at random moments, start it again each time: `python -m tests.spd.killed_often JOB FOLDER KILLS SEED`.
+"""Kill a job at many moments, start it again each time: `python -m tests.spd.killed_often JOB FOLDER KILLS SEED`.
 
 JOB is "calibrate", "heal" or "heal-streamed", of a model that is read block by block. A process of its own forks a
 child for every start, so that a start costs no imports.
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -80,16 +81,24 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(name): path.read_bytes() for name, path in relative if not any(p[0] == "." for p in name.parts)}
 
 
-def main() -> None:
-    jobs = {"calibrate": calibrate, "heal": heal, "heal-streamed": partial(heal, streamed=True)}
-    job, folder, kills = jobs[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3])
-    draw = random.Random(int(sys.argv[4]))
-    torch.set_num_threads(1)
+def kept(folder: Path) -> set[tuple[str, int]]:
+    """Names and times of the files that are whole."""
+    found = set()
+    for path in folder.rglob("[!.]*"):
+        with suppress(FileNotFoundError):
+            found.add((str(path), path.stat().st_mtime_ns))
+    return found
+
+
+def strike(job: Callable[[Path], None], folder: Path, kills: int, seed: int) -> None:
+    """Kill `job` so often, by turns at a random moment and where it has just kept something, and say how often it came
+    through. This process must have one thread: its children fork.
+    """
+    draw = random.Random(seed)
     tqdm.set_lock(threading.RLock())  # its own is shared with the children: one killed while it holds it stops them all
     tqdm.monitor_interval = 0  # no thread beside, which may hold a lock at a fork
     whole, killed = folder / "whole", folder / "killed"
     whole.mkdir(parents=True)
-    tiny("llama").save_pretrained(folder / "source")
     began = time.monotonic()
     assert os.waitpid(start(job, whole), 0)[1] == 0
     took, expected = time.monotonic() - began, everything(whole)
@@ -98,8 +107,12 @@ def main() -> None:
     while struck < kills or runs == 0:
         killed.mkdir(exist_ok=True)
         child = start(job, killed)
-        if struck < kills:
+        if struck < kills and struck % 2 == 0:
             time.sleep(draw.uniform(0, 0.6 * took))
+        elif struck < kills:
+            before = kept(killed)
+            while kept(killed) == before and not _over(child):
+                time.sleep(0.001)
         else:
             while not _over(child):
                 time.sleep(0.01)
@@ -110,6 +123,15 @@ def main() -> None:
         else:
             struck += 1
     print(f"{struck} kills, {runs} runs came through to the same bytes")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    jobs = {"calibrate": calibrate, "heal": heal, "heal-streamed": partial(heal, streamed=True)}
+    job, folder = jobs[sys.argv[1]], Path(sys.argv[2])
+    folder.mkdir(parents=True)
+    tiny("llama").save_pretrained(folder / "source")
+    strike(job, folder, int(sys.argv[3]), int(sys.argv[4]))
 
 
 def _over(child: int) -> bool:
