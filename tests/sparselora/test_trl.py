@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from elision.sparselora import keep_labels, sparsify
 from tests.sparselora import tiny
+from tests.sparselora.test_trainer import cross_entropy
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what TRL says of itself while it is imported
@@ -116,6 +119,60 @@ def test_sft_with_a_loss_from_logits(tmp_path: Path) -> None:
         trainer.train()
         assert handle.forwards == {"sparse": 2 * STEPS}
         assert handle.paths == {"reference (a replaced forward of the model)": STEPS, "fast": STEPS}
+
+
+def with_own_loss(folder: Path, sparse: Any, keep: bool = False) -> tuple[Tensor, Any]:
+    """Adapters and handle after a run whose loss is the test's own; `sparse` is the path, or None for no handle."""
+    model = tiny.lora()
+    collate = DataCollatorForLanguageModeling(pad_token_id=0)
+    handle = None if sparse is None else sparsify(model, tiny.plan(model, 0.6), path=sparse)
+    with pytest.warns(FutureWarning, match="`compute_loss_func` is deprecated"):
+        trainer = SFTTrainer(
+            model,
+            SFTConfig(output_dir=str(folder), **COMMON),
+            train_dataset=rows(("completion",)),
+            processing_class=tokenizer(),
+            data_collator=keep_labels(collate) if keep else collate,  # type: ignore[arg-type]
+            callbacks=[] if handle is None else [handle.schedule],
+            compute_loss_func=cross_entropy,
+        )
+    trainer.train()
+    if handle is not None:
+        handle.remove()
+    return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name]), handle
+
+
+def test_a_loss_function_of_ones_own_is_sparse_behind_keep_labels(tmp_path: Path) -> None:
+    """TRL's forward for the loss has no labels; its forward for the metrics, without gradient, has them."""
+    dense, _ = with_own_loss(tmp_path, None)
+    with pytest.warns(UserWarning, match="SparseLoRA is dense where a training call has no labels: .*keep_labels"):
+        found, handle = with_own_loss(tmp_path, "auto")
+    assert handle.forwards == {"dense (no labels in the call)": STEPS, "sparse": STEPS}
+    assert handle.paths == {"fast": STEPS} and torch.allclose(found, dense, rtol=0, atol=1e-13)
+    expected, _ = with_own_loss(tmp_path, "reference", keep=True)
+    found, handle = with_own_loss(tmp_path, "auto", keep=True)
+    assert handle.forwards == {"sparse": 2 * STEPS}
+    assert handle.paths == {"reference (a replaced forward of the model)": STEPS, "fast": STEPS}
+    assert torch.allclose(found, expected, rtol=0, atol=1e-13) and not torch.allclose(found, dense, rtol=0, atol=1e-3)
+
+
+def test_metrics_of_ones_own_are_those_of_the_dense_model(tmp_path: Path) -> None:
+    found = []
+    for sparse in (False, True):
+        model, data = tiny.lora(dtype=torch.float32), rows(("completion",))
+        trainer = SFTTrainer(
+            model,
+            SFTConfig(output_dir=str(tmp_path), **COMMON),
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=tokenizer(),
+            compute_metrics=lambda given: {"sum": float(abs(given.predictions).sum())},
+        )
+        handle = sparsify(model, tiny.plan(model, 0.6)) if sparse else None
+        with handle or nullcontext(), pytest.warns(FutureWarning, match="`return_outputs=True`"):
+            found.append(trainer.evaluate()["eval_sum"])
+        assert handle is None or set(handle.forwards) == {"dense (eval mode)"}
+    assert found[0] == found[1] > 0
 
 
 def test_trl_evaluates_the_dense_model(tmp_path: Path) -> None:
