@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,51 @@ def test_every_row_of_the_paper_s_table_is_there() -> None:
     assert "qk 60% in 17-19, 21-23, 25-29" in plans["llama2-7b/math10k"].describe()
     with pytest.raises(InputError, match="preset 'llama3' is not known: use one of llama2-7b/csr170k"):
         SparsityPlan.preset("llama3")
+
+
+# Model, data | FFN layers: percent | QKVO layers, but for these: percent | dense steps: percent; as the paper prints it
+TABLE = """
+llama2-7b/csr170k        | 13-29: 90         | 17-29 without 20, 24: 50 |  5
+llama2-7b/math10k        | 13-29: 90         | 17-29 without 20, 24: 60 |  5
+llama2-7b/codefeedback   | 3-30: 99          | 14-29 without 20, 24: 25 |  5
+llama2-13b/csr170k       | 13-36: 97         | 17-36: 20                | 10
+llama2-13b/math10k       | 13-36: 97         | 17-36: 25                |  5
+llama3-8b/csr170k        | 17-30: 97         | 17-29 without 20, 24: 20 |  5
+llama3-8b/math10k        | 3-30: 99          | 14-29 without 20, 24: 75 |  5
+llama3-8b/glue           | 17-30: 95, 31: 50 | 17-29: 75                |  5
+llama3.1-8b/codefeedback | 3-30: 99          | 14-29 without 20, 24: 40 |  5
+llama3.1-8b/wizardlm     | 3-30: 99          | 14-29 without 20, 24: 40 |  5
+"""
+PRINTED = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
+MODELS = {  # as the models' own config.json say: layers, heads, key/value heads, hidden and intermediate size
+    "llama2-7b": (32, 32, 32, 4096, 11008),
+    "llama2-13b": (40, 40, 40, 5120, 13824),
+    "llama3-8b": (32, 32, 8, 4096, 14336),
+    "llama3.1-8b": (32, 32, 8, 4096, 14336),
+}
+
+
+def sparsities(cell: str, layers: int) -> tuple[float, ...]:
+    """By layer, of a cell of the table."""
+    found = [0.0] * layers
+    for first, last, but, percent in re.findall(r"(\d+)(?:-(\d+))?(?: without ([\d, ]+))?: (\d+)", cell):
+        for layer in range(int(first), int(last or first) + 1):
+            if str(layer) not in but.split(", "):
+                found[layer] = int(percent) / 100
+    return tuple(found)
+
+
+@pytest.mark.parametrize(("name", "ffn", "qkvo", "steps"), PRINTED, ids=[row[0] for row in PRINTED])
+def test_a_preset_is_the_row_that_the_paper_prints(name: str, ffn: str, qkvo: str, steps: str) -> None:
+    plan, of = SparsityPlan.preset(name), MODELS[name.partition("/")[0]]
+    assert (plan.model.layers, plan.model.heads, plan.model.kv_heads, plan.model.hidden, plan.model.intermediate) == of
+    assert plan.ffn == sparsities(ffn, of[0])
+    assert plan.qk == plan.vo == sparsities(qkvo, of[0])
+    assert (plan.dense_steps, plan.selection, plan.rank) == (int(steps) / 100, "svd", 8)
+
+
+def test_the_table_has_every_preset() -> None:
+    assert {row[0] for row in PRINTED} == set(presets.names())
 
 
 def publish(model: Any, path: Path) -> Path:
