@@ -16,6 +16,7 @@ from torch import Tensor
 from elision import blocks, streaming
 from elision.errors import InputError
 from elision.evaluate import loss
+from elision.layerwise import fingerprint
 from elision.sparselora import Factors, SparsityPlan, allotment, calibrate, calibration, sparsify, stopwatch, sweep
 from elision.sparselora.forecasts import forecast
 from elision.sparselora.plan import PARTS
@@ -259,6 +260,19 @@ def test_the_plan_carries_what_was_measured(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ffn has a curve of other length than the grid's 2"):
         SparsityPlan.from_dict(values)
     assert quick(planted(model, {0: ("ffn",)}), flops=0.9).calibration != found
+
+
+def test_the_plan_names_its_data_by_their_fingerprint() -> None:
+    def named(batches: list[dict[str, Tensor]]) -> str:
+        found = quick(tiny.lora("llama"), batches, max_loss=0.1).calibration
+        assert found is not None
+        return found.data
+
+    batches = data()
+    other = [{**batches[0], "labels": batches[0]["labels"].clone()}, batches[1]]
+    other[0]["labels"][0, 9] = -100
+    assert named(batches) == fingerprint(batches)
+    assert len({named(given) for given in (batches, batches[:1], batches[::-1], other)}) == 4
 
 
 def test_a_model_on_disk_is_measured_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
