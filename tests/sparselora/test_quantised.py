@@ -21,15 +21,15 @@ from tests.sparselora.test_presets import publish
 Result = tuple[Tensor, dict[str, Tensor]]
 
 
-def quantise(model: Any, nested: bool) -> Any:
-    """Every linear map of the blocks in nf4, as transformers loads it."""
+def quantise(model: Any, nested: bool, kind: str = "nf4") -> Any:
+    """Every linear map of the blocks in nf4 or fp4, as transformers loads it."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "lm_head" not in name:
             four = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, module.bias is not None, torch.float32, quant_type="nf4"
+                module.in_features, module.out_features, module.bias is not None, torch.float32, quant_type=kind
             )
             four.weight = bnb.nn.Params4bit(
-                module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=nested, module=four
+                module.weight.data, requires_grad=False, quant_type=kind, compress_statistics=nested, module=four
             )
             four.bias = module.bias
             holder, _, attribute = name.rpartition(".")
@@ -37,9 +37,9 @@ def quantise(model: Any, nested: bool) -> Any:
     return model
 
 
-def qlora(family: str, nested: bool = False, **settings: Any) -> Any:
+def qlora(family: str, nested: bool = False, kind: str = "nf4", **settings: Any) -> Any:
     sizes: dict[str, Any] = {"hidden_size": 64, **({"word_embed_proj_dim": 64} if family == "opt" else {})}
-    base = quantise(tiny.base(family, torch.float32, **sizes), nested)
+    base = quantise(tiny.base(family, torch.float32, **sizes), nested, kind)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     config = LoraConfig(r=3, lora_alpha=6, target_modules=tiny.ALL, task_type="CAUSAL_LM", **settings)
@@ -72,8 +72,23 @@ def test_the_fast_path_is_the_reference(family: str, dora: bool, selection: Any)
     assert not tiny.close(results[0], dense, 1e-3)
 
 
-def test_it_is_the_model_of_the_dequantised_weights() -> None:
-    model = qlora("llama")
+@pytest.mark.parametrize("nested", [False, True])
+def test_fp4_is_another_model_and_the_fast_path_is_its_reference(nested: bool) -> None:
+    model, results = qlora("llama", nested, "fp4"), []
+    assert all(blocks.quantised(p.base) == "fp4" for b in blocks.decoder(model).blocks for p in b.projections.values())
+    for path in ("reference", "fast"):
+        with sparsify(model, tiny.plan(model), path=path) as handle:
+            results.append(step(model))
+            assert handle.forwards == {"sparse": 1} and handle.paths == ({"fast": 1} if path == "fast" else {})
+    assert tiny.close(*results, 1e-5)
+    nf4 = qlora("llama", nested)
+    with sparsify(nf4, tiny.plan(nf4), path="reference"):
+        assert not tiny.close(step(nf4), results[0], 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_it_is_the_model_of_the_dequantised_weights(kind: str) -> None:
+    model = qlora("llama", kind=kind)
     with sparsify(model, tiny.plan(model), path="reference"):
         expected = step(model)
     for block in blocks.decoder(model).blocks:
