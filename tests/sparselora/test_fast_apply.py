@@ -87,8 +87,10 @@ def test_equal_to_the_reference_for_every_family_and_adapter(family: str, target
     assert not tiny.close(run(model, inputs, "fast", tiny.plan(model, 0.3)), expected, 1e-6)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("family", ["llama", "mistral"])  # without and with a sliding window
+KINDS = [(family, batch) for family in COVERED for batch in BATCHES if (family, batch) != ("opt", "packed")]
+
+
+@pytest.mark.parametrize(("family", "batch"), KINDS)  # packed rows of OPT take the reference by name
 def test_equal_to_the_reference_for_every_kind_of_batch(family: str, batch: str) -> None:
     model, inputs = tiny.lora(family), BATCHES[batch]()
     plan = tiny.plan(model, 0.6)
@@ -544,13 +546,29 @@ def test_trained_head_and_embeddings_get_their_gradients() -> None:
 
 def test_embeddings_given_by_the_caller_get_their_gradient() -> None:
     model, inputs = tiny.lora(), turns()
-    found = []
+    plan = tiny.plan(model, 0.6)
+    found = [run(model, inputs, "reference", plan)]
+    given = []
     for path in ("reference", "fast"):
-        given = model.get_base_model().get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
-        call = {**{name: t for name, t in inputs.items() if name != "input_ids"}, "inputs_embeds": given}
-        run(model, call, path, tiny.plan(model))
-        found.append(given.grad)
-    assert torch.allclose(found[0], found[1], rtol=1e-11, atol=1e-13) and bool(found[0].any())
+        given.append(model.get_base_model().get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_())
+        call = {**{name: t for name, t in inputs.items() if name != "input_ids"}, "inputs_embeds": given[-1]}
+        found.append(run(model, call, path, plan))
+    assert torch.allclose(given[0].grad, given[1].grad, rtol=1e-11, atol=1e-13) and bool(given[0].grad.any())
+    assert tiny.close(found[1], found[0]) and tiny.close(found[2], found[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_inputs_by_position_are_those_by_name(family: str) -> None:
+    model, inputs = tiny.lora(family), turns()
+    plan = tiny.plan(model, 0.6)
+    expected = run(model, inputs, "reference", plan)
+    later = {name: t for name, t in inputs.items() if name != "input_ids"}
+    for path in ("reference", "fast"):
+        with sparsify(model, plan, path=path) as handle, tiny.InDouble():
+            loss = model(inputs["input_ids"], **later, use_cache=False).loss
+            loss.backward()
+            assert handle.paths == ({"fast": 1} if path == "fast" else {})
+        assert tiny.close((loss.detach(), tiny.gradients(model)), expected)
 
 
 def test_an_unknown_path_is_refused() -> None:
