@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from elision import InputError, streaming
 from elision.blocks import decoder
 from elision.layerwise import layer_calls
+from elision.sparselora import SparsityPlan
 from elision.spd import SyncPlan, calibrate, open_streamed, read_plan, simulate
 from elision.streaming import STREAM, Stream, resident
 from tests.spd.test_calibration import APART
@@ -128,11 +129,11 @@ def large(tmp_path_factory) -> Path:
 
 # MB beyond the imports: two blocks are 20, a block in training (its gradients, two moments, its best weights) 50;
 # activations, garbage and what is imported late take the rest.
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's limit on address space")
-@pytest.mark.parametrize(("job", "allowed"), [("calibrate", 80.0), ("heal", 110.0)])
-def test_a_model_larger_than_memory(job, allowed, large, tmp_path):
-    weights = sum(file.stat().st_size for file in large.glob("*.safetensors")) / 2**20
-    assert weights > 2 * allowed
+ALLOWED = {"calibrate": 80.0, "heal": 110.0, "sparselora": 80.0}
+limited = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's limit on address space")
+
+
+def in_little_memory(job: str, *more: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[1]
     paths = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -143,21 +144,32 @@ def test_a_model_larger_than_memory(job, allowed, large, tmp_path):
         "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed is given back
         "CUDA_VISIBLE_DEVICES": "",
     }
+    command = [sys.executable, "-m", "tests.spd.in_little_memory", job, *more]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@limited
+def test_the_limit_on_memory_binds(large, tmp_path):
+    whole = in_little_memory("heal", str(large), str(tmp_path / "out"), str(max(ALLOWED.values())), "whole")
+    assert whole.returncode != 0 and "memory" in whole.stderr.lower(), whole.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@limited
+@pytest.mark.parametrize("job", ALLOWED)
+def test_a_model_larger_than_memory(job, large, tmp_path):
+    weights = sum(file.stat().st_size for file in large.glob("*.safetensors")) / 2**20
+    assert weights > 2 * ALLOWED[job]
     out = tmp_path / "out"
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tests.spd.in_little_memory", job, str(large), str(out), str(allowed), *more]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-    whole = run("whole")
-    assert whole.returncode != 0 and "memory" in whole.stderr.lower(), whole.stderr  # the limit binds
-    assert not out.exists()
-    done = run()
+    done = in_little_memory(job, str(large), str(out), str(ALLOWED[job]))
     assert done.returncode == 0, done.stderr
     if job == "calibrate":
         assert len(SyncPlan.load(out).dropped) == 12
-    else:
+    elif job == "heal":
         assert read_plan(out).healed == (4, 5, 6) and len(list(out.glob("*.safetensors"))) == 25
+    else:
+        found = SparsityPlan.load(out).calibration
+        assert found is not None and found.limit == 0.9 >= found.flops["full"]
 
 
 class TestRefusals:
