@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -17,13 +18,13 @@ from elision import sparselora
 from elision.spd import Recipe, SyncPlan, calibrate, heal, open_streamed
 from tests.spd.tiny import token_ids
 
-SPARSE = {"grid": (0.9,), "selection": "sampled", "dense_steps": 0.0, "quiet": True}
+SPARSE: dict[str, Any] = {"grid": (0.9,), "selection": "sampled", "dense_steps": 0.0, "quiet": True}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job, checkpoint, out, megabytes, *rest = sys.argv[1:]
     batches = [{"input_ids": token_ids(2, 9, seed)} for seed in range(2 if job == "heal" else 1)]
-    measure = sparselora.calibrate if job == "sparselora" else calibrate  # imported here
+    measure: Any = sparselora.calibrate if job == "sparselora" else calibrate  # imported here
     with open("/proc/self/statm") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     limit = taken + int(float(megabytes) * 2**20)
