@@ -12,13 +12,18 @@ import pytest
 KILLS = os.environ.get("ELISION_KILLS", "20")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("job", ["calibrate", "heal", "heal-streamed"])
-def test_killed_at_random_moments_it_writes_the_same_bytes(job, tmp_path):
+def survives(module: str, *words: str | Path, kills: str = KILLS) -> None:
+    """Run `module`, whose words end with how often to kill its job and a seed; every run left the same bytes."""
     root = Path(__file__).parents[2]
     paths = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.spd.killed_often", job, str(tmp_path / "out"), KILLS, "7"]
+    command = [sys.executable, "-m", module, *map(str, words), kills, "7"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{KILLS} kills, ")
+    assert done.stdout.startswith(f"{kills} kills, ")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("job", ["calibrate", "heal", "heal-streamed"])
+def test_killed_at_random_moments_it_writes_the_same_bytes(job, tmp_path):
+    survives("tests.spd.killed_often", job, tmp_path / "out")
